@@ -1,0 +1,102 @@
+"""From scored groups to one epoch's update: advantages, optimalities, optimizer steps and shards. Scalars only, no Ray.
+
+Which optimizer step a sample belongs to is a function of (run seed, epoch) and the samples that count, with groups in the
+order of their ids: never of arrival or of the number of learners. A sample that misses a trained reward is dropped here,
+not multiplied by 0; what is left of its group is normalised without it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nft_ray.algorithms.advantages import combine_advantages
+from nft_ray.algorithms.nft import optimality
+from nft_ray.config import ExperimentConfig
+from nft_ray.seeding import permutation
+from nft_ray.types import Batch, ScoredGroup, TrainGroup
+
+DROPPED = -1
+
+
+def make_batch(groups: Sequence[ScoredGroup], config: ExperimentConfig, *, num_shards: int) -> Batch:
+    """The update of one epoch. RuntimeError where more than `scorers.max_missing_fraction` of the samples are missing."""
+    groups = sorted(groups, key=lambda group: group.request.items[0].group_id)
+    sizes = [group.request.num_images for group in groups]
+    ids = np.repeat([group.request.items[0].group_id for group in groups], sizes)
+    epoch, weights = groups[0].request.epoch, config.trained_weights
+    raw = {name: np.concatenate([group.rewards.raw[name] for group in groups]) for name in weights}
+    advantages = combine_advantages(
+        raw, weights, ids, combine=config.scorers.combine, std=config.algorithm.advantage_std
+    )
+    valid = np.isfinite(advantages)
+    check_missing(1 - valid.mean(), raw, config, epoch)
+    r = optimality(
+        torch.from_numpy(np.where(valid, advantages, 0.0)),
+        clip=config.algorithm.advantage_clip,
+        mode=config.algorithm.advantage_mode,
+    ).numpy()
+    step = optimizer_steps(valid, config.learner.optimizer_steps, config.run.seed, epoch)
+    cuts = np.cumsum(sizes)[:-1]
+    parts = zip(groups, np.split(r.astype(np.float32), cuts), np.split(step, cuts), strict=True)
+    train = [
+        TrainGroup(group_id=group.request.items[0].group_id, samples=group.samples, optimality=r_part, step=step_part)
+        for group, r_part, step_part in parts
+    ]
+    return Batch(
+        epoch=epoch,
+        shards=shard(train, num_shards),
+        samples_per_step=tuple(int((step == s).sum()) for s in range(step.max() + 1)),
+        metrics=_metrics(groups, advantages, valid, r, ids),
+    )
+
+
+def check_missing(fraction: float, raw: dict[str, np.ndarray], config: ExperimentConfig, epoch: int) -> None:
+    """RuntimeError naming the rewards behind it, where too many samples are missing."""
+    limit = config.scorers.max_missing_fraction
+    if fraction > limit or fraction == 1:
+        by_name = ", ".join(f"{name} {np.isnan(values).mean():.0%}" for name, values in raw.items())
+        raise RuntimeError(
+            f"epoch {epoch}: {fraction:.0%} of the samples miss a reward ({by_name}); "
+            f"scorers.max_missing_fraction allows {limit:.0%}"
+        )
+
+
+def optimizer_steps(valid: np.ndarray, num_steps: int, run_seed: int, epoch: int) -> np.ndarray:
+    """Optimizer step of every sample, i32 (N,), -1 where it is dropped: near-equal parts of a permutation of the rest."""
+    (kept,) = np.nonzero(valid)
+    step = np.full(len(valid), DROPPED, dtype=np.int32)
+    order = kept[permutation(len(kept), "optimizer steps", run_seed, epoch)]
+    for s, part in enumerate(np.array_split(order, min(num_steps, len(order)))):
+        step[part] = s
+    return step
+
+
+def shard(groups: Sequence[TrainGroup], num_shards: int) -> tuple[tuple[TrainGroup, ...], ...]:
+    """Whole groups to shards, each to the one with the fewest samples so far; a shard may stay empty."""
+    shards: list[list[TrainGroup]] = [[] for _ in range(num_shards)]
+    load = [0] * num_shards
+    for group in groups:
+        target = load.index(min(load))
+        shards[target].append(group)
+        load[target] += int((group.step != DROPPED).sum())
+    return tuple(tuple(part) for part in shards)
+
+
+def _metrics(
+    groups: Sequence[ScoredGroup], advantages: np.ndarray, valid: np.ndarray, r: np.ndarray, ids: np.ndarray
+) -> dict[str, float]:
+    metrics = {"reward/missing": float(1 - valid.mean()), "reward/total": float("nan")}
+    values = {"total": np.concatenate([group.rewards.total for group in groups])}
+    for name in groups[0].rewards.raw:
+        values[name] = np.concatenate([group.rewards.raw[name] for group in groups])
+    for name in groups[0].rewards.details:
+        values[name] = np.concatenate([group.rewards.details[name] for group in groups])
+    for name, value in values.items():
+        if np.isfinite(value).any():
+            metrics[f"reward/{name}"] = float(np.nanmean(value))
+    flat = [np.nanstd(values["total"][(ids == i) & valid]) == 0 for i in np.unique(ids[valid])]
+    metrics["reward/groups_without_signal"] = float(np.mean(flat))
+    metrics["nft/advantage_abs"] = float(np.abs(advantages[valid]).mean())
+    metrics["nft/optimality_mean"] = float(r[valid].mean())
+    return metrics

@@ -1,0 +1,304 @@
+"""One experiment = one YAML = one ExperimentConfig: checked completely before any process or GPU starts.
+
+Every default stands once, on its field, with its unit. Nothing is changed after loading; what follows from other
+fields is a property. `rewards` and `algorithm.name` name files (nft_ray/rewards/NAME.py); each checks its own section.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from nft_ray.algorithms.schedules import CustomDecay
+from nft_ray.flow.solvers import Solver
+from nft_ray.rewards.base import RewardConfig, reward_config
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen section of the YAML in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """Folder of the run under `root`, and its name in MLflow."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    num_epochs: Positive = 100
+    """Epochs of collect + update; may be raised when a run is resumed."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: the published algorithm. 1: the rollouts of the next epoch overlap this epoch's update."""
+    root: str = "runs"
+    """Folder of all runs; NFT_RAY_RUNS overrides it. Made absolute; see `nft_ray.checkpoint.run_root`."""
+    checkpoint_every: Positive = 10
+    """Epochs between checkpoints; the last epoch always makes one."""
+    keep_checkpoints: Positive = 2
+
+
+class ClusterConfig(Section):
+    num_cpus: Annotated[float, Field(gt=0)] | None = None
+    """CPUs of the local Ray that `nft-ray train` starts when no --address is given; null = those of the machine."""
+    dashboard_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Dashboard port of that local Ray; null = 8265 or the next free one. A port in use is an error."""
+    wait_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds to wait for the workers of the run to be placed."""
+
+
+class LoraConfig(Section):
+    rank: Positive = 32
+    alpha: Positive = 64
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers; null = what the model family recommends."""
+
+
+class ModelConfig(Section):
+    family: str = "sd3"
+    """File nft_ray/models/FAMILY.py."""
+    path: str = "nano-sd3"
+    """Folder in diffusers format, Hub id, or `nano-sd3`: the pipeline that comes with this package."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the frozen weights. The LoRA is float32 always."""
+    height: Positive = 32
+    """Pixels."""
+    width: Positive = 32
+    """Pixels."""
+    max_sequence_length: Annotated[int, Field(ge=0)] = 0
+    """T5 tokens; 0 = the pipeline has no T5 and is loaded without one."""
+    lora: LoraConfig = LoraConfig()
+
+
+class PromptsConfig(Section):
+    train: str = "shapes/train"
+    """A .jsonl file (GenEval's format), a .txt file (a prompt per line), or `shapes/train`."""
+    test: str = "shapes/test"
+    """The held-out lines: each is evaluated once."""
+    groups_per_epoch: Positive = 48
+    """Prompts drawn per epoch, without replacement."""
+    images_per_group: Annotated[int, Field(ge=2)] = 24
+
+
+class WorkersConfig(Section):
+    num_workers: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    """Ray CPUs reserved per worker (a fraction is fine)."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """Ray GPUs reserved per worker."""
+    num_threads: Positive = 1
+    """torch threads per worker."""
+    memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Expected host memory per worker, shown by --dry-run."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Deadline of one call."""
+
+
+class SamplerConfig(WorkersConfig):
+    solver: Solver = "euler"
+    num_steps: Positive = 10
+    """Points of the sigma schedule (the solver's own stages come on top)."""
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Classifier-free guidance of training rollouts; 1 = off."""
+    num_times: Positive = 9
+    """Training times per sample, out of the sampler's sigmas without replacement."""
+    micro_batch_size: Positive = 24
+    """Images (or (sample, time) pairs) of one forward."""
+    velocity_dtype: Literal["float16", "float32"] = "float16"
+    """Data type in which v_old and v_ref travel to the learners."""
+    max_in_flight: Positive = 2
+    """Requests a worker holds at once: one in work, the others queued."""
+    max_attempts: Positive = 3
+    """How often a request is tried, each time on another worker if there is one."""
+
+
+class LearnerConfig(WorkersConfig):
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optimizer_steps: Positive = 1
+    """Optimizer steps per epoch; they partition the epoch's samples."""
+    micro_batch_size: Positive = 16
+    """(sample, time) pairs of one forward and backward; it changes memory and speed, not the update."""
+
+
+class AlgorithmConfig(Section):
+    name: Literal["nft"] = "nft"
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """Strength of the implicit positive and negative policies."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of the squared velocity difference to the reference; 0 = v_ref is not even computed."""
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Advantages are clipped to +- this before they become an optimality; it also scales the loss."""
+    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    advantage_std: Literal["global", "group"] = "global"
+    old_policy_decay: Literal["on_policy", "linear", "delayed"] | CustomDecay = "linear"
+    """Decay of the old policy by optimizer steps: a preset, or {flat_steps, rate, max}."""
+    ema_decay: Fraction = 0.9
+    """Largest decay of the EMA policy, which is evaluated and exported."""
+
+
+class ScorersConfig(Section):
+    max_missing_fraction: Fraction = 0.1
+    """More missing samples than this in one epoch stop the run."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Deadline of one call of one reward."""
+    max_attempts: Positive = 3
+    max_in_flight: Positive = 16
+    """Calls per reward at once (a call scores one group)."""
+    combine: Literal["sum", "normalized"] = "sum"
+
+
+class EvaluationConfig(Section):
+    every: Positive = 10
+    """Epochs between evaluations; the base and the last epoch are always evaluated."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Noise of line i is a function of this and i only."""
+    solver: Solver = "euler"
+    num_steps: Positive = 40
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    batch_size: Positive = 16
+    """Lines per request; fixed, so that the figures do not depend on the number of workers."""
+    picture_lines: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    """Test lines shown in before_after.png and in MLflow."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking URI; null = ROOT/mlflow.db, shared by all runs."""
+    experiment: str = "nft_ray"
+
+
+class ExperimentConfig(Section):
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rewards: Annotated[dict[str, Any], Field(min_length=1)]
+    """Reward name -> its section: weight, eval_only, num_replicas, ... and what the reward's own Config adds."""
+    scorers: ScorersConfig = ScorersConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _across_fields(self) -> "ExperimentConfig":
+        if self.sampler.num_times > self.sampler.num_steps:
+            raise ValueError(
+                f"sampler.num_times = {self.sampler.num_times}: training times are drawn from the sampler's "
+                f"{self.sampler.num_steps} sigmas without replacement; use at most {self.sampler.num_steps}"
+            )
+        num_samples = self.prompts.groups_per_epoch * self.prompts.images_per_group
+        if self.learner.optimizer_steps > num_samples:
+            raise ValueError(
+                f"learner.optimizer_steps = {self.learner.optimizer_steps}: each needs a sample and an epoch has "
+                f"{num_samples}; use at most {num_samples}"
+            )
+        if not any(config.weight and not config.eval_only for config in self.reward_configs.values()):
+            raise ValueError("rewards: none has a weight to train on; give one of them `weight: 1` without eval_only")
+        return self
+
+    @property
+    def reward_configs(self) -> dict[str, RewardConfig]:
+        """Reward name -> its checked configuration."""
+        return {name: reward_config(name, section or {}) for name, section in self.rewards.items()}
+
+    @property
+    def trained_weights(self) -> dict[str, float]:
+        """Reward name -> weight, of the rewards that train."""
+        return {
+            name: config.weight
+            for name, config in self.reward_configs.items()
+            if config.weight and not config.eval_only
+        }
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The experiment in a YAML file, with `a.b=c` overrides; ValueError with one line for whatever is wrong."""
+    try:
+        tree = OmegaConf.load(path)
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(f"--set {override}: write key=value, such as --set run.seed=1")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        data = OmegaConf.to_container(tree, resolve=True)
+    except FileNotFoundError:
+        raise ValueError(f"config {path}: no such file{_nearest_file(Path(path))}") from None
+    except IsADirectoryError:
+        raise ValueError(f"config {path}: is a folder; name a .yaml file") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config {path}: holds no mapping at the top; start with `run:`")
+    return parse(data)
+
+
+def parse(data: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment in a plain mapping; ValueError with one line naming path, value, rule and the nearest key."""
+    try:
+        return ExperimentConfig.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("; ".join(_one_line(ExperimentConfig, detail) for detail in error.errors()[:3])) from None
+
+
+def dump(config: ExperimentConfig) -> str:
+    """The resolved experiment as YAML, defaults included."""
+    return OmegaConf.to_yaml(OmegaConf.create(resolved(config)))
+
+
+def resolved(config: ExperimentConfig) -> dict[str, Any]:
+    """The resolved experiment as plain data, defaults of every reward included."""
+    data = config.model_dump(mode="json")
+    data["rewards"] = {name: section.model_dump(mode="json") for name, section in config.reward_configs.items()}
+    return data
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two resolved experiments differ."""
+    keys: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _one_line(model: type[BaseModel], detail: Any) -> str:
+    path = [part for part in detail["loc"] if not str(part).startswith(("function-", "literal["))]
+    where = ".".join(str(part) for part in path)
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(model, path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not where or detail["type"] == "missing":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {detail['input']!r}: {message}"
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    known = [str(file) for file in sorted(folder.glob("*.yaml"))]
+    close = difflib.get_close_matches(str(path), known, 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,93 @@
+"""The three roles in this process, one after the other: no Ray. For tests, debugging and one device.
+
+The cores are the very ones that the Ray actors hold, so with one learner and equal threads both give the same LoRA to the
+last bit. Nothing here runs beside anything else: a call returns when its work is done.
+"""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+
+from nft_ray.config import ExperimentConfig
+from nft_ray.learner import LearnerCore
+from nft_ray.rewards.base import Reward, Scores, load_reward
+from nft_ray.rewards.combine import assemble
+from nft_ray.roles import Roles
+from nft_ray.sampler import SamplerCore, verify
+from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, UpdateResult
+
+
+class LocalSamplers:
+    """One SamplerCore; references are the objects themselves."""
+
+    size = 1
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self._core = SamplerCore(config)
+        self._dtype = config.model.dtype
+
+    async def load(self, adapters: Adapters) -> None:
+        verify(adapters, self._core.load(adapters, adapters.weights), self._dtype)
+
+    async def rollout(self, request: RolloutRequest) -> Rollout:
+        await asyncio.sleep(0)  # lets the loop see Ctrl-C and the other coroutines between groups
+        info, images, samples = self._core.rollout(request)
+        return Rollout(info=info, images=images, samples=samples)
+
+    async def images(self, rollout: Rollout) -> np.ndarray:
+        return rollout.images
+
+
+class LocalScorers:
+    """Every reward in this process. An exception is the user's to see: there is no other replica to try."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self._rewards: dict[str, Reward] = {
+            name: load_reward(name, section or {}) for name, section in config.rewards.items()
+        }
+        self._weights = config.trained_weights
+
+    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+        prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        scores: dict[str, Scores | None] = {
+            name: reward.score(rollout.images, texts, metadata) for name, reward in self._rewards.items()
+        }
+        return assemble(scores, request.num_images, self._weights)
+
+
+class LocalLearners:
+    """One LearnerCore."""
+
+    size = 1
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self._core = LearnerCore(config)
+
+    async def restore(self, state: LearnerState) -> None:
+        self._core.restore(state)
+
+    async def state(self) -> LearnerState:
+        return self._core.state()
+
+    async def probe(self) -> Adapters:
+        return _with_weights(*self._core.probe())
+
+    async def adapters(self) -> tuple[Adapters, ...]:
+        return tuple(_with_weights(adapters, weights) for adapters, weights in self._core.adapters())
+
+    async def update(self, batch: Batch) -> UpdateResult:
+        (groups,) = batch.shards
+        samples = [group.samples for group in groups]
+        result, weights = self._core.update(batch.epoch, groups, samples, batch.samples_per_step)
+        return dataclasses.replace(result, adapters=_with_weights(result.adapters, weights))
+
+
+def local_roles(config: ExperimentConfig) -> Roles:
+    """All three planes in this process."""
+    return Roles(samplers=LocalSamplers(config), scorers=LocalScorers(config), learners=LocalLearners(config))
+
+
+def _with_weights(adapters: Adapters, weights: AdapterWeights) -> Adapters:
+    return dataclasses.replace(adapters, weights=weights)

@@ -1,0 +1,129 @@
+"""What a reward is, and how one is found by its file's name.
+
+A reward is ONE module of this package, `nft_ray/rewards/NAME.py`, that defines
+
+    class Config(RewardConfig)             its section `rewards.NAME` of the YAML
+    def build(config: Config) -> Reward    loads what it needs and returns a scorer
+
+Nothing registers anywhere: the file's name is the registry. A module is imported when it is named for the first time,
+and imports the libraries of its model inside `build`. This file knows neither Ray nor where a reward runs.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import nft_ray.rewards
+
+_NOT_REWARDS = {"base", "combine"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a reward says about B images.
+
+    values: f32 (B,), higher is better, NaN = missing; details: name -> f32 (B,), measured beside it.
+    """
+
+    values: np.ndarray
+    details: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Scores images, each one on its own: a batch gives the same scores as its images one by one, in the same order."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """images uint8 (B, H, W, 3); prompts and metadata: one per image.
+
+        Raises ValueError where the input is not that, or the metadata lacks what this reward needs.
+        """
+        ...
+
+
+class RewardConfig(BaseModel):
+    """What every section `rewards.NAME` may say. A reward's own Config inherits this and adds its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the combined one; may be negative."""
+    eval_only: bool = False
+    """Only measured: it has no part in training, and where it is missing no sample is dropped."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Processes that score at the same time."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs of one replica."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one replica."""
+    batch_size: int = Field(default=1, ge=1)
+    """Requests (a request is one group of images) that a replica scores together, at most."""
+    batch_wait_s: float = Field(default=0.01, ge=0)
+    """Seconds that a request waits for others to fill a batch."""
+
+
+def reward_names() -> list[str]:
+    """Every reward there is, sorted: the public modules here but `base` and `combine`. Imports none of them."""
+    names = {module.name for module in pkgutil.iter_modules(nft_ray.rewards.__path__)}
+    return sorted(name for name in names - _NOT_REWARDS if not name.startswith("_"))
+
+
+def reward_config(name: str, section: Mapping[str, Any]) -> RewardConfig:
+    """The section `rewards.NAME` of an experiment, checked by that reward's own Config.
+
+    Raises ValueError, on one line, for an unknown name, an unknown key (with the nearest known one) or a bad value.
+    """
+    config_class: type[RewardConfig] = _module(name).Config
+    try:
+        return config_class.model_validate(section)
+    except ValidationError as error:
+        raise ValueError(one_line(error, f"rewards.{name}", known=list(config_class.model_fields))) from None
+
+
+def load_reward(name: str, section: Mapping[str, Any]) -> Reward:
+    """Check the section and load the reward, its model included. Raises as `reward_config`, and as its `build` does."""
+    config = reward_config(name, section)
+    reward: Reward = _module(name).build(config)
+    return reward
+
+
+def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless images are uint8 (B, H, W, 3) with one prompt and one metadata each."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}")
+    if not len(images) == len(prompts) == len(metadata):
+        raise ValueError(
+            f"{len(images)} images need one prompt and one metadata each, not {len(prompts)} and {len(metadata)}"
+        )
+
+
+def one_line(error: ValidationError, where: str, *, known: Sequence[str] = ()) -> str:
+    """A pydantic error as one line: path, rule and value; the nearest of the `known` keys for an unknown one."""
+    problems = []
+    for problem in error.errors(include_url=False):
+        path = ".".join([where, *map(str, problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"{path}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            problems.append(f"{path}: missing")
+        else:
+            problems.append(f"{path} = {problem['input']!r}: {problem['msg']}")
+    return "; ".join(problems)
+
+
+def _module(name: str) -> ModuleType:
+    names = reward_names()
+    if name not in names:
+        raise ValueError(f"unknown reward {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
+    return importlib.import_module(f"nft_ray.rewards.{name}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

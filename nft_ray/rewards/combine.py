@@ -1,0 +1,29 @@
+"""Several rewards as one number per image. A missing one is NaN and makes the whole missing, never 0."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def combine_total(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """`weighted_sum` as float32 (G,): what `Rewards.total` holds."""
+    return weighted_sum(raw, weights).astype(np.float32)
+
+
+def weighted_sum(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """sum_k w_k r_k over the trained rewards, float64 (N,), NaN where any of them is.
+
+    raw: name -> (N,), NaN = missing; weights: name -> w_k of the trained rewards; a weight of 0 trains nothing and is
+    passed over, like a reward without a weight. Raises ValueError where no weight is left, a trained reward is not in
+    `raw`, or the lengths differ.
+    """
+    trained = {name: weight for name, weight in weights.items() if weight}
+    if not trained:
+        raise ValueError("no reward has a weight to train on")
+    absent = sorted(trained.keys() - raw.keys())
+    if absent:
+        raise ValueError(f"no scores of the trained reward {absent[0]!r}; there are: {', '.join(sorted(raw))}")
+    shapes = {name: np.shape(raw[name]) for name in trained}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"rewards must all be (N,), not {shapes}")
+    return np.sum([weight * np.asarray(raw[name], np.float64) for name, weight in trained.items()], axis=0)

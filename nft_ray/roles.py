@@ -1,0 +1,85 @@
+"""The Protocols that the trainer is written against: one loop, in one process (local.py) or on Ray (actors/).
+
+Every implementation runs through the contract tests in tests/test_roles.py.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from nft_ray.types import (
+    Adapters,
+    Batch,
+    EvalResult,
+    LearnerState,
+    Rewards,
+    Rollout,
+    RolloutRequest,
+    UpdateResult,
+)
+
+
+class Samplers(Protocol):
+    """A pool of samplers: any of them can serve any request, none keeps anything that cannot be sent again."""
+
+    @property
+    def size(self) -> int: ...
+
+    async def load(self, adapters: Adapters) -> None:
+        """Give every worker this version; raises RuntimeError naming both values when a receipt does not match."""
+        ...
+
+    async def rollout(self, request: RolloutRequest) -> Rollout:
+        """Draw the images (and, for split "train", the clean samples) with the named adapter and version."""
+        ...
+
+    async def images(self, rollout: Rollout) -> np.ndarray:
+        """The rollout's images on the driver, uint8 (N, H, W, 3): for pictures, never for training."""
+        ...
+
+
+class Scorers(Protocol):
+    """Every reward of the experiment, asked at once."""
+
+    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+        """Scores of the rollout's images; what could not be had within deadline and retries is missing (NaN)."""
+        ...
+
+
+class Learners(Protocol):
+    """The data-parallel group that owns the trained policy. It fails together and is restored together."""
+
+    @property
+    def size(self) -> int: ...
+
+    async def restore(self, state: LearnerState) -> None: ...
+
+    async def state(self) -> LearnerState: ...
+
+    async def probe(self) -> Adapters:
+        """A RANDOM LoRA as version -1: at version 0 the real one is a no-op, so loading it proves nothing."""
+        ...
+
+    async def adapters(self) -> tuple[Adapters, ...]:
+        """The versions that rollouts may still ask for, oldest first."""
+        ...
+
+    async def update(self, batch: Batch) -> UpdateResult: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go. Logging the same epoch again (after a resume) must not append it twice."""
+
+    def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None: ...
+
+    def log_evaluation(self, epoch: int, result: EvalResult) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """The three planes of one run, in one process or on Ray."""
+
+    samplers: Samplers
+    scorers: Scorers
+    learners: Learners

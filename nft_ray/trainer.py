@@ -1,0 +1,142 @@
+"""The whole system in one screen: roll out, score, learn, publish. Verbs only; the roles hide where each one runs.
+
+    collect(e + staleness) ──► rollouts (oldest first) ──► update(e) ──► load(version e + 1) ──► collect ...
+
+`max_staleness: 0` is the published algorithm; `1` overlaps the rollouts of epoch e + 1 with the update of e. Rollouts of
+epoch e are pinned to policy version max(0, e - max_staleness), so both are reproducible. The trainer sees references and
+scalars; it knows no Ray and no torch.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from nft_ray.algorithms.batch import make_batch
+from nft_ray.checkpoint import RunFolder
+from nft_ray.config import ExperimentConfig
+from nft_ray.evaluation import save_evaluation, summarise
+from nft_ray.prompts import PromptSet, epoch_requests, evaluation_requests
+from nft_ray.roles import Roles, Tracker
+from nft_ray.types import EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
+
+T = TypeVar("T")
+
+
+class Trainer:
+    """One run. `run()` returns when the last epoch is finished, evaluated, logged and saved."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        roles: Roles,
+        folder: RunFolder,
+        tracker: Tracker,
+        train: PromptSet,
+        test: PromptSet,
+    ) -> None:
+        self.cfg = config
+        self.samplers, self.scorers, self.learners = roles.samplers, roles.scorers, roles.learners
+        self.folder, self.tracker = folder, tracker
+        self.train, self.test = train, test
+
+    async def run(self) -> None:
+        start = next_epoch = await self.restore()  # finished epochs; 0 when fresh
+        rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
+        if start == 0:
+            await self.evaluate(0)
+        try:
+            for epoch in range(start, self.cfg.run.num_epochs):
+                started = time.perf_counter()
+                while next_epoch < self.cfg.run.num_epochs and len(rollouts) <= self.cfg.run.max_staleness:
+                    rollouts.append(asyncio.create_task(self.collect(next_epoch)))
+                    next_epoch += 1
+                groups = await rollouts.popleft()  # oldest first; the others keep sampling
+                collected = time.perf_counter()
+                batch = make_batch(groups, self.cfg, num_shards=self.learners.size)
+                update = await self.learners.update(batch)
+                await self.samplers.load(update.adapters)  # by reference, acknowledged by checksum
+                times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
+                await self.maybe_evaluate(epoch + 1)
+                metrics = rollout_metrics(groups) | batch.metrics | update.metrics | times
+                self.tracker.log_epoch(epoch + 1, metrics, update.steps)
+                await self.maybe_save(epoch + 1)  # a checkpoint is a finished epoch
+        finally:
+            for task in rollouts:
+                task.cancel()
+            await asyncio.gather(*rollouts, return_exceptions=True)
+
+    async def restore(self) -> int:
+        """Go on from the latest checkpoint; publish what rollouts may ask for, after proof that a load is felt."""
+        checkpoint = self.folder.latest()
+        if checkpoint is not None:
+            await self.learners.restore(checkpoint.state)
+        await self.samplers.load(await self.learners.probe())
+        for adapters in await self.learners.adapters():
+            await self.samplers.load(adapters)
+        return checkpoint.epoch if checkpoint else 0
+
+    async def collect(self, epoch: int) -> list[ScoredGroup]:
+        """Every group of an epoch, sampled with its pinned policy version and scored as soon as it is there."""
+        version = max(0, epoch - self.cfg.run.max_staleness)
+        requests = epoch_requests(self.train, self.cfg, epoch=epoch, policy_version=version)
+        pairs = await gather([self.roll_out_and_score(request) for request in requests])
+        return [
+            ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
+            for request, (rollout, rewards) in zip(requests, pairs, strict=True)
+        ]
+
+    async def roll_out_and_score(self, request: RolloutRequest) -> tuple[Rollout, Rewards]:
+        rollout = await self.samplers.rollout(request)
+        return rollout, await self.scorers.score(request, rollout)
+
+    async def evaluate(self, epoch: int) -> EvalResult:
+        """The EMA policy (at epoch 0: the base model) on the held-out lines, each once."""
+        started = time.perf_counter()
+        adapter = "ema" if epoch else "reference"
+        requests = evaluation_requests(self.test, self.cfg, epoch=epoch, policy_version=epoch, adapter=adapter)
+        pairs = await gather([self.roll_out_and_score(request) for request in requests])
+        images: dict[int, np.ndarray] = {}
+        for request, (rollout, _) in zip(requests, pairs, strict=True):
+            lines = [item.prompt.id for item in request.items]
+            if set(lines) & set(self.cfg.evaluation.picture_lines):
+                rows = zip(lines, await self.samplers.images(rollout), strict=True)
+                images |= {line: image for line, image in rows if line in self.cfg.evaluation.picture_lines}
+        rewards = [rewards for _, rewards in pairs]
+        result = summarise(requests, rewards, images, seconds=time.perf_counter() - started)
+        save_evaluation(self.folder.path, epoch, result)
+        self.tracker.log_evaluation(epoch, result)
+        return result
+
+    async def maybe_evaluate(self, epoch: int) -> None:
+        if epoch % self.cfg.evaluation.every == 0 or epoch == self.cfg.run.num_epochs:
+            await self.evaluate(epoch)
+
+    async def maybe_save(self, epoch: int) -> None:
+        if epoch % self.cfg.run.checkpoint_every == 0 or epoch == self.cfg.run.num_epochs:
+            state = await self.learners.state()
+            await asyncio.to_thread(self.folder.save, epoch, state)
+
+
+async def gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the rest, so that nothing goes on behind an error."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(item) for item in work]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """What the samplers did in one epoch."""
+    infos = [group.info for group in groups]
+    return {
+        "rollout/images": float(sum(group.request.num_images for group in groups)),
+        "rollout/worker_s": sum(info.seconds for info in infos),
+        "rollout/mib": sum(info.num_bytes for info in infos) / 2**20,
+        "rollout/staleness": float(infos[0].epoch - infos[0].policy_version),
+    }

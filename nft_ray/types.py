@@ -1,0 +1,206 @@
+"""The records that cross a process. Frozen, NumPy on the wire; G = images of one prompt, T = training times.
+
+Two kinds of reference appear as `Any`: in one process they ARE the object, on Ray they are an ObjectRef to it. Only the
+roles that made them (roles.py) know which; the trainer passes them on and never looks inside.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Adapter = Literal["old", "ema", "reference"]
+Split = Literal["train", "eval"]
+Weights = dict[str, np.ndarray]  # LoRA tensors by peft name, float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One line of a prompt set. `id` is the line index: the group key, whatever the text says."""
+
+    id: int
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutItem:
+    """`num_images` images of one prompt; `seeds` holds one 32-bit seed per image."""
+
+    group_id: int
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """What a sampler is asked for: one group for training, many prompts for evaluation.
+
+    It names the adapter and the policy version, so a request that is redone gives the same group.
+    """
+
+    epoch: int
+    items: tuple[RolloutItem, ...]
+    adapter: Adapter
+    policy_version: int
+    split: Split
+
+    @property
+    def num_images(self) -> int:
+        return sum(item.num_images for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutInfo:
+    """What the driver learns of a rollout: scalars."""
+
+    epoch: int
+    policy_version: int
+    worker: str
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanSamples:
+    """What the learner needs of one group; made by the sampler while the frozen weights are loaded.
+
+    x0 f32 (G, *latent); t f32 (G, T) in [0, 1]; noise_seeds i64 (G, T); v_old f16 or f32 (G, T, *latent);
+    v_ref like v_old, or None where the KL weight is 0; conditioning: name -> (1, ...) arrays, once per group.
+    """
+
+    x0: np.ndarray
+    t: np.ndarray
+    noise_seeds: np.ndarray
+    v_old: np.ndarray
+    v_ref: np.ndarray | None
+    conditioning: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One answer of a sampler: `images` (uint8 (N, H, W, 3), for scorers) and `samples` (CleanSamples or None) are refs."""
+
+    info: RolloutInfo
+    images: Any
+    samples: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewards:
+    """Scores of one rollout's N images. A reward that could not be had is NaN and `missing`, never 0.
+
+    raw: reward name -> f32 (N,); details: "reward/detail" -> f32 (N,); total f32 (N,), NaN where a trained reward is
+    missing; missing: reward name -> bool (N,).
+    """
+
+    raw: dict[str, np.ndarray]
+    details: dict[str, np.ndarray]
+    total: np.ndarray
+    missing: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A finished rollout on the driver: who was asked, what came back, what it earned."""
+
+    request: RolloutRequest
+    info: RolloutInfo
+    samples: Any
+    rewards: Rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainGroup:
+    """One group as a learner gets it: `step` (G,) i32 is the optimizer step of each sample, -1 = dropped."""
+
+    group_id: int
+    samples: Any
+    optimality: np.ndarray
+    step: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One epoch's update: a shard of groups per learner and, per optimizer step, the global number of samples."""
+
+    epoch: int
+    shards: tuple[tuple[TrainGroup, ...], ...]
+    samples_per_step: tuple[int, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterWeights:
+    """The LoRA tensors of one policy version: what samplers load."""
+
+    old: Weights
+    ema: Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """A versioned announcement of AdapterWeights (`weights` is a ref) with what a loader must prove.
+
+    checksums: adapter name -> hex digest; probe: the old policy's velocity on the model's fixed probe input, f32;
+    probe_base: the same with the LoRA off.
+    """
+
+    version: int
+    weights: Any
+    num_tensors: int
+    checksums: dict[str, str]
+    probe: np.ndarray
+    probe_base: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReceipt:
+    """A sampler's acknowledgement of Adapters: the same facts, taken from what it actually loaded."""
+
+    worker: str
+    version: int
+    num_tensors: int
+    checksums: dict[str, str]
+    probe: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """After one epoch's update: `version` counts finished updates, `steps` one dict of metrics per optimizer step."""
+
+    version: int
+    num_optimizer_steps: int
+    metrics: dict[str, float]
+    steps: tuple[dict[str, float], ...]
+    adapters: Adapters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerState:
+    """Everything a learner needs to go on. `versions`: old-policy weights by version, `max_staleness + 1` of them.
+
+    optimizer: "exp_avg/NAME", "exp_avg_sq/NAME" -> f32 arrays and "step/NAME" -> f32 scalar.
+    """
+
+    version: int
+    optimizer_step: int
+    policy: Weights
+    ema: Weights
+    versions: dict[int, AdapterWeights]
+    optimizer: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Metric name -> mean over the test lines; `counts` the lines behind each; images by line for the pictures."""
+
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    images: dict[int, np.ndarray]
+    seconds: float
