@@ -24,8 +24,8 @@ def summarise(
     tags = np.array([str(prompt.metadata.get("tag", "")) for prompt in prompts])
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for name in sorted({*rewards[0].raw, *rewards[0].details}):
-        values = np.concatenate([(r.raw | r.details)[name] for r in rewards]).astype(np.float64)
+    for name in sorted({name for r in rewards for name in (*r.raw, *r.details)}):
+        values = np.concatenate([r.values(name) for r in rewards])
         for tag in ("", *sorted(set(tags) - {""})):
             chosen = values[np.isfinite(values) & ((tags == tag) | (tag == ""))]
             key = f"{name}/{tag}" if tag else name

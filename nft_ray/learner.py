@@ -64,7 +64,7 @@ class LearnerCore:
         self._versions = {0: AdapterWeights(old=start, ema=start)}
         velocity = _Velocity(self.model)
         self._velocity: torch.nn.Module = (
-            DistributedDataParallel(velocity, broadcast_buffers=False) if world_size > 1 else velocity
+            DistributedDataParallel(velocity, forward_sync_buffers=False) if world_size > 1 else velocity
         )
 
     def update(

@@ -104,6 +104,11 @@ class Rewards:
     total: np.ndarray
     missing: dict[str, np.ndarray]
 
+    def values(self, name: str) -> np.ndarray:
+        """A reward or a detail, f64 (N,); all NaN where a reward that could not be had left no such detail."""
+        found = (self.raw | self.details).get(name)
+        return np.full(len(self.total), np.nan) if found is None else found.astype(np.float64)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:

@@ -88,10 +88,8 @@ def _metrics(
 ) -> dict[str, float]:
     metrics = {"reward/missing": float(1 - valid.mean()), "reward/total": float("nan")}
     values = {"total": np.concatenate([group.rewards.total for group in groups])}
-    for name in groups[0].rewards.raw:
-        values[name] = np.concatenate([group.rewards.raw[name] for group in groups])
-    for name in groups[0].rewards.details:
-        values[name] = np.concatenate([group.rewards.details[name] for group in groups])
+    for name in sorted({name for group in groups for name in (*group.rewards.raw, *group.rewards.details)}):
+        values[name] = np.concatenate([group.rewards.values(name) for group in groups])
     for name, value in values.items():
         if np.isfinite(value).any():
             metrics[f"reward/{name}"] = float(np.nanmean(value))

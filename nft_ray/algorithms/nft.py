@@ -116,6 +116,7 @@ def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> 
         raise ValueError(f"unknown advantage mode {mode!r}: use one of {', '.join(get_args(Mode))}; nearest: {close!r}")
     if clip <= 0:
         raise ValueError(f"clip = {clip}: must be above 0")
+    missing = advantages.isnan()  # kept aside: torch.sign(NaN) is 0
     clipped = _lift(advantages).clamp(-clip, clip)
     if mode == "positive_only":
         clipped = clipped.clamp(min=0)
@@ -125,7 +126,7 @@ def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> 
         clipped = clipped.sign().clamp(min=0)
     elif mode == "binary":
         clipped = clipped.sign()
-    return (clipped / clip / 2 + 0.5).clamp(0, 1)
+    return (clipped / clip / 2 + 0.5).clamp(0, 1).masked_fill(missing, torch.nan)
 
 
 def _normalised_error(x0_hat: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:

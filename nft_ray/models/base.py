@@ -10,8 +10,10 @@ import pkgutil
 from collections.abc import Sequence
 from typing import Protocol
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
@@ -56,9 +58,18 @@ def families() -> list[str]:
 
 def load_model(config: ModelConfig, device: torch.device, *, transformer_only: bool = False) -> FlowModel:
     """Load a model family; learners load the transformer only (then `encode` and `decode` raise)."""
+    quiet_libraries()
     check_model(config)
     module = importlib.import_module(f"nft_ray.models.{config.family}")
     return module.load(config, device, transformer_only=transformer_only)
+
+
+def quiet_libraries() -> None:
+    """Errors only from transformers and diffusers, and no bars: ours say what is loading, one line per role."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
 
 
 def check_model(config: ModelConfig) -> None:

@@ -144,12 +144,12 @@ def load(config: ModelConfig, device: torch.device, *, transformer_only: bool = 
     source: dict[str, Any] = {"revision": config.revision}
     if transformer_only:
         pipeline = None
-        transformer = SD3Transformer2DModel.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **source)
+        transformer = SD3Transformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **source)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", **source)
         vae_config = AutoencoderKL.load_config(path, subfolder="vae", **source)
     else:
         without_t5 = {} if config.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, **without_t5, **source).to(device)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **without_t5, **source).to(device)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
                 part.requires_grad_(False).eval()

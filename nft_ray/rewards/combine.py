@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from nft_ray.rewards.base import Scores
+from nft_ray.types import Rewards
+
 
 def combine_total(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """`weighted_sum` as float32 (G,): what `Rewards.total` holds."""
@@ -27,3 +30,22 @@ def weighted_sum(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) ->
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"rewards must all be (N,), not {shapes}")
     return np.sum([weight * np.asarray(raw[name], np.float64) for name, weight in trained.items()], axis=0)
+
+
+def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapping[str, float]) -> Rewards:
+    """What every reward said of one rollout, as one record; None = that reward could not be had: NaN and missing.
+
+    scores: reward name -> Scores of (num_images,), details become "reward/detail"; weights: as in `weighted_sum`.
+    """
+    raw: dict[str, np.ndarray] = {}
+    details: dict[str, np.ndarray] = {}
+    for name, found in scores.items():
+        raw[name] = np.full(num_images, np.nan, np.float32) if found is None else found.values.astype(np.float32)
+        if found is not None:
+            details |= {f"{name}/{detail}": value.astype(np.float32) for detail, value in found.details.items()}
+    return Rewards(
+        raw=raw,
+        details=details,
+        total=combine_total(raw, weights),
+        missing={name: np.isnan(values) for name, values in raw.items()},
+    )

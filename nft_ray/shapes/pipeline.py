@@ -11,6 +11,7 @@
 Call it with `max_sequence_length=0`: for a T5 that is not there diffusers appends as many zero tokens.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ PATH = Path(__file__).parent / "nano_sd3"
 LATENT_CHANNELS = 8
 LATENT_SIZE = 8
 MAX_TOKENS = 14
-"""Tokens of a prompt with its two marks; the longest prompt of the grammar has 12. CLIP's 77 would cost three times as much."""
+"""Tokens of a prompt with its two marks; the longest prompt has 12. CLIP's 77 would cost three times as much."""
 _TEXT_WIDTH = 64
 _WIDTH = 128
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -102,7 +103,7 @@ def _vocabulary(known: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, s
     spelled = [[*word[:-1], word[-1] + _WORD_END] for word in sorted(set(known))]
     merges: list[tuple[str, str]] = []
     while any(len(word) > 1 for word in spelled):
-        pairs = Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in spelled for pair in itertools.pairwise(word))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spelled = [_merge(word, best) for word in spelled]

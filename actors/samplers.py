@@ -1,0 +1,132 @@
+"""The sampler plane: a pool of actors, each holding one SamplerCore and `max_staleness + 1` adapter versions.
+
+    request ──► pool ──► SamplerActor.rollout ──► info (driver) · images (reference) · samples (reference)
+    adapters ──► every SamplerActor.load, weights by reference ──► receipts, verified
+
+Failure policy
+- As in pool.py; a replacement builds the model, loads the kept versions and is verified before it serves, so a request that
+  is redone gives the same group.
+- Ray's own restarts and task retries are off: a restarted actor would come back without adapters. What a worker returned
+  outlives it (the driver owns it), but not the node that holds it: then the scorers call the group missing.
+- A receipt that does not match what the learner announced stops the run with both values.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from actors.pool import WorkerPool, answer
+from nft_ray.config import ExperimentConfig
+from nft_ray.sampler import SamplerCore, verify
+from nft_ray.types import (
+    Adapters,
+    AdapterWeights,
+    CleanSamples,
+    LoadReceipt,
+    Rollout,
+    RolloutInfo,
+    RolloutRequest,
+)
+
+
+class SamplerLike(Protocol):
+    """What an actor needs of a core: SamplerCore, or a fake that costs nothing."""
+
+    def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt: ...
+
+    def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]: ...
+
+
+SamplerFactory = Callable[[ExperimentConfig, str], SamplerLike]
+
+
+class SamplerActor:
+    """One core in one process, one call at a time. `build` is apart from `__init__`: placed and loaded are two waits."""
+
+    def __init__(self, make: SamplerFactory, config: ExperimentConfig, name: str) -> None:
+        self._make = lambda: make(config, name)
+
+    def build(self) -> None:
+        self._core = self._make()
+
+    def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
+        return self._core.load(adapters, weights)
+
+    def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
+        return self._core.rollout(request)
+
+
+class SamplerPool:
+    """roles.Samplers over Ray actors."""
+
+    def __init__(self, config: ExperimentConfig, make: SamplerFactory = SamplerCore) -> None:
+        self._config, self._make = config, make
+        self._kept: dict[int, Adapters] = {}
+        sampler = config.sampler
+        self._pool = WorkerPool(
+            f"{config.run.name}/sampler",
+            sampler.num_workers,
+            spawn=self._spawn,
+            prepare=self._prepare,
+            place=f"a place with {sampler.num_cpus:g} CPUs and {sampler.num_gpus:g} GPUs",
+            place_s=config.cluster.wait_s,
+            timeout_s=sampler.timeout_s,
+            max_in_flight=sampler.max_in_flight,
+            max_attempts=sampler.max_attempts,
+        )
+
+    @property
+    def size(self) -> int:
+        return self._config.sampler.num_workers
+
+    async def start(self) -> None:
+        """Every sampler placed, its model loaded."""
+        await self._pool.start()
+
+    def close(self) -> None:
+        """Kill the actors."""
+        self._pool.close()
+
+    async def load(self, adapters: Adapters) -> None:
+        """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
+        self._kept[adapters.version] = adapters
+        for version in sorted(self._kept)[: -(self._config.run.max_staleness + 1)]:
+            del self._kept[version]
+        receipts = await self._pool.broadcast(f"load version {adapters.version}", lambda actor: _load(actor, adapters))
+        for receipt in receipts:
+            verify(adapters, receipt, self._config.model.dtype)
+
+    async def rollout(self, request: RolloutRequest) -> Rollout:
+        what = f"rollout of epoch {request.epoch}, prompt {request.items[0].prompt.id}"
+        info, (_, images, samples) = await self._pool.call(
+            what, lambda actor: actor.rollout.options(num_returns=3).remote(request)
+        )
+        return Rollout(info=info, images=images, samples=samples)
+
+    async def images(self, rollout: Rollout) -> np.ndarray:
+        return await answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
+
+    def _spawn(self, name: str) -> Any:
+        sampler = self._config.sampler
+        actor = ray.remote(SamplerActor).options(  # type: ignore[attr-defined]
+            name=name, num_cpus=sampler.num_cpus, num_gpus=sampler.num_gpus, max_restarts=0, max_task_retries=0
+        )
+        return actor.remote(self._make, self._config, name)
+
+    async def _prepare(self, actor: Any) -> None:
+        """The model, then every kept version, oldest first; again while new ones arrive."""
+        timeout_s, loaded = self._config.sampler.timeout_s, set[int]()
+        await answer(actor.build.remote(), "a sampler's model to load", timeout_s, lambda: "")
+        while missing := sorted(self._kept.keys() - loaded):
+            adapters = self._kept[missing[0]]
+            receipt = await answer(_load(actor, adapters)[0], f"load version {adapters.version}", timeout_s)
+            verify(adapters, receipt, self._config.model.dtype)
+            loaded.add(adapters.version)
+
+
+def _load(actor: Any, adapters: Adapters) -> Sequence[Any]:
+    """The weights travel as a top-level reference: straight from the object store, never through the driver."""
+    return [actor.load.remote(dataclasses.replace(adapters, weights=None), adapters.weights)]

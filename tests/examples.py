@@ -1,0 +1,31 @@
+"""Small experiments on nano-sd3 that tests share."""
+
+from pathlib import Path
+from typing import Any
+
+from nft_ray.config import ExperimentConfig, load
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+SMALL = [
+    "run.num_epochs=2",
+    "prompts.groups_per_epoch=3",
+    "prompts.images_per_group=4",
+    "sampler.num_steps=4",
+    "sampler.num_times=2",
+    "evaluation.num_steps=4",
+    "evaluation.every=2",
+    "model.lora.rank=4",
+    "model.lora.alpha=8",
+    "learner.num_workers=1",
+]
+SHORT = {
+    "kl_weight": "algorithm.kl_weight",
+    "micro_batch_size": "learner.micro_batch_size",
+    "weight_decay": "learner.weight_decay",
+    "max_staleness": "run.max_staleness",
+}
+
+
+def example_config(*overrides: str, **short: Any) -> ExperimentConfig:
+    """The quickstart, made small; `short` names a few fields without their section."""
+    return load(QUICKSTART, [*SMALL, *(f"{SHORT[name]}={value}" for name, value in short.items()), *overrides])

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from nft_ray.rewards.base import Scores
+from nft_ray.rewards.combine import assemble, combine_total
+
+NAN = np.nan
+
+
+def test_weighted_sum_and_missing() -> None:
+    raw = {
+        "a": np.array([1.0, NAN, 3.0, NAN], dtype=np.float32),
+        "b": np.array([10.0, 20.0, NAN, NAN], dtype=np.float32),
+        "measured": np.array([NAN, 1.0, 1.0, 1.0], dtype=np.float32),
+    }
+    total = combine_total(raw, {"a": 2.0, "b": -0.5})
+    assert total.dtype == np.float32
+    np.testing.assert_array_equal(total, np.array([-3.0, NAN, NAN, NAN], dtype=np.float32))
+    np.testing.assert_array_equal(combine_total(raw, {"a": 1.0, "b": 0.0}), raw["a"])  # a weight of 0 trains nothing
+
+
+@pytest.mark.parametrize(
+    ("raw", "weights", "message"),
+    [
+        ({"a": np.zeros(2)}, {}, "no reward has a weight to train on"),
+        ({"a": np.zeros(2)}, {"b": 1.0}, "no scores of the trained reward 'b'; there are: a"),
+        ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": 1.0, "b": 1.0}, r"rewards must all be \(N,\)"),
+    ],
+)
+def test_bad_input(raw: dict, weights: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        combine_total(raw, weights)
+
+
+def test_a_reward_that_could_not_be_had_is_missing_and_never_zero() -> None:
+    values, strict = np.array([0.5, NAN], dtype=np.float32), np.array([1.0, 0.0], dtype=np.float32)
+    scores = {"a": Scores(values=values, details={"strict": strict}), "b": None}
+    rewards = assemble(scores, 2, {"a": 2.0})  # b is only measured
+    np.testing.assert_array_equal(rewards.raw["b"], [NAN, NAN])
+    np.testing.assert_array_equal(rewards.total, [1.0, NAN])
+    assert {name: missing.tolist() for name, missing in rewards.missing.items()} == {
+        "a": [False, True],
+        "b": [True, True],
+    }
+    assert rewards.details.keys() == {"a/strict"}
+    assert np.isnan(assemble(scores, 2, {"a": 2.0, "b": 1.0}).total).all()

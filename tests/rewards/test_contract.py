@@ -1,0 +1,73 @@
+"""What every reward promises, run over every file in nft_ray/rewards: a new one is picked up by its name."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nft_ray.rewards.base import Reward, RewardConfig, load_reward, reward_config, reward_names
+
+SECTIONS: dict[str, dict[str, Any]] = {"geneval": {"detector": "shapes"}}  # where a reward has fields without default
+LINE = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": "a red circle"}
+
+
+@pytest.fixture(scope="module", params=reward_names())
+def reward(request: pytest.FixtureRequest) -> Reward:
+    return load_reward(request.param, SECTIONS.get(request.param, {}))
+
+
+def images(num_images: int, height: int, width: int) -> np.ndarray:
+    """Noise, noise of less contrast, ... down to a plain image: different scores for whatever is measured."""
+    rng = np.random.default_rng(height * width)
+    contrast = np.linspace(1, 0, num_images).reshape(-1, 1, 1, 1)
+    return (128 + contrast * rng.integers(-128, 128, (num_images, height, width, 3))).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (17, 5), (1, 1)])
+def test_shapes_and_dtypes_for_any_image_size(reward: Reward, height: int, width: int) -> None:
+    scores = reward.score(images(3, height, width), ["a red circle"] * 3, [LINE] * 3)
+    for array in (scores.values, *scores.details.values()):
+        assert array.shape == (3,)
+        assert array.dtype == np.float32
+        assert np.isfinite(array).all()
+
+
+def test_a_batch_is_its_images_one_by_one_in_their_order(reward: Reward) -> None:
+    batch = images(4, 32, 32)
+    batch.setflags(write=False)  # as an array from the object store is
+    whole = reward.score(batch, ["a red circle"] * 4, [LINE] * 4)
+    order = [2, 0, 3, 1]
+    shuffled = reward.score(batch[order], ["a red circle"] * 4, [LINE] * 4)
+    alone = [reward.score(one[None], ["a red circle"], [LINE]) for one in batch]
+    np.testing.assert_array_equal(whole.values, np.concatenate([one.values for one in alone]))
+    np.testing.assert_array_equal(whole.values[order], shuffled.values)
+    for name, values in whole.details.items():
+        np.testing.assert_array_equal(values, np.concatenate([one.details[name] for one in alone]))
+        np.testing.assert_array_equal(values[order], shuffled.details[name])
+
+
+def test_an_empty_batch(reward: Reward) -> None:
+    assert reward.score(images(1, 8, 8)[:0], [], []).values.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((1, 8, 8, 3)), np.zeros((1, 3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+)
+def test_what_is_no_batch_of_images_is_refused(reward: Reward, bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 3\)"):
+        reward.score(bad, ["p"], [LINE])
+
+
+def test_one_prompt_and_one_metadata_per_image(reward: Reward) -> None:
+    with pytest.raises(ValueError, match="2 images need one prompt and one metadata each, not 2 and 1"):
+        reward.score(images(2, 8, 8), ["p", "p"], [LINE])
+
+
+@pytest.mark.parametrize("name", reward_names())
+def test_a_section_is_checked_by_the_rewards_own_config(name: str) -> None:
+    config = reward_config(name, SECTIONS.get(name, {}) | {"weight": 0.5, "num_replicas": 3, "num_cpus": 0.25})
+    assert isinstance(config, RewardConfig)
+    assert type(config) is not RewardConfig
+    assert (config.weight, config.num_replicas, config.num_cpus, config.eval_only) == (0.5, 3, 0.25, False)
+    with pytest.raises(ValueError, match=rf"rewards\.{name}\.wieght: unknown key; did you mean 'weight'\?"):
+        reward_config(name, SECTIONS.get(name, {}) | {"wieght": 1.0})

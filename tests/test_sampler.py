@@ -1,0 +1,119 @@
+"""The sampler core: the same images for the same request, the same velocities as the learner, and proof of every load."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from nft_ray.config import ExperimentConfig
+from nft_ray.learner import LearnerCore
+from nft_ray.sampler import PROBE_FLOOR, SamplerCore, verify
+from nft_ray.seeding import image_seed
+from nft_ray.types import Prompt, RolloutItem, RolloutRequest
+from tests.examples import example_config
+
+
+def request(config: ExperimentConfig, adapter: str = "old", version: int = -1, split: str = "train") -> RolloutRequest:
+    prompt = Prompt(id=7, text="a photo of a red circle")
+    seeds = tuple(image_seed(0, 0, 7, i) for i in range(config.prompts.images_per_group))
+    items = (RolloutItem(group_id=7, prompt=prompt, seeds=seeds),)
+    return RolloutRequest(epoch=0, items=items, adapter=adapter, policy_version=version, split=split)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def config() -> ExperimentConfig:
+    return example_config(kl_weight=0.1)
+
+
+@pytest.fixture(scope="module")
+def learner(config: ExperimentConfig) -> LearnerCore:
+    return LearnerCore(config)
+
+
+def loaded(config: ExperimentConfig, learner: LearnerCore) -> SamplerCore:
+    core = SamplerCore(config)
+    adapters, weights = learner.probe()
+    verify(adapters, core.load(adapters, weights), config.model.dtype)
+    return core
+
+
+def test_a_rollout_has_the_shapes_it_promises(config: ExperimentConfig, learner: LearnerCore) -> None:
+    info, images, samples = loaded(config, learner).rollout(request(config))
+    assert images.shape == (4, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert samples is not None
+    assert samples.v_ref is not None
+    assert samples.x0.shape == (4, 8, 8, 8)
+    assert samples.v_old.shape == samples.v_ref.shape == (4, 2, 8, 8, 8)
+    assert samples.t.shape == samples.noise_seeds.shape == (4, 2)
+    assert len(set(samples.noise_seeds.ravel().tolist())) == 8
+    assert info.policy_version == -1
+
+
+def test_what_was_done_before_changes_nothing(config: ExperimentConfig, learner: LearnerCore) -> None:
+    fresh, used = loaded(config, learner), loaded(config, learner)
+    used.rollout(request(config, adapter="reference", split="eval"))
+    used.rollout(request(config, adapter="ema", split="eval"))
+    _, images, samples = fresh.rollout(request(config))
+    _, again, same = used.rollout(request(config))
+    assert samples is not None
+    assert same is not None
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(samples.v_old, same.v_old)
+
+
+def test_an_image_does_not_depend_on_its_neighbours(config: ExperimentConfig, learner: LearnerCore) -> None:
+    core, whole = loaded(config, learner), request(config)
+    (item,) = whole.items
+    part = dataclasses.replace(whole, items=(dataclasses.replace(item, seeds=item.seeds[2:]),))
+    _, _, all_samples = core.rollout(whole)
+    _, _, some = core.rollout(part)
+    assert all_samples is not None
+    assert some is not None
+    np.testing.assert_array_equal(all_samples.noise_seeds[2:], some.noise_seeds)
+    np.testing.assert_array_equal(all_samples.t[2:], some.t)
+    np.testing.assert_allclose(all_samples.x0[2:], some.x0, rtol=1e-4, atol=1e-4)  # batches round differently
+
+
+def test_merging_from_the_pristine_weights_does_not_drift(config: ExperimentConfig, learner: LearnerCore) -> None:
+    core = loaded(config, learner)
+    pristine = {name: value.clone() for name, value in SamplerCore(config).model.transformer.state_dict().items()}
+    for _ in range(100):
+        core._use("old", -1, reload=True)
+        core._use("reference", -1, reload=True)
+    assert all(torch.equal(value, pristine[name]) for name, value in core.model.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("field", ["num_tensors", "checksums", "probe"])
+def test_a_load_that_moved_something_else_stops_the_run(
+    field: str, config: ExperimentConfig, learner: LearnerCore
+) -> None:
+    core = SamplerCore(config)
+    adapters, weights = learner.probe()
+    receipt = core.load(adapters, weights)
+    wrong = {"num_tensors": 3, "checksums": {"old": "0", "ema": "0"}, "probe": adapters.probe_base}[field]
+    with pytest.raises(RuntimeError, match="differs|another velocity"):
+        verify(adapters, dataclasses.replace(receipt, **{field: wrong}), config.model.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_probe_floor_is_what_rounding_explains(dtype: str) -> None:
+    config = example_config(f"model.dtype={dtype}")
+    learner, core = LearnerCore(config), SamplerCore(config)
+    for adapters, weights in (learner.probe(), *learner.adapters()):
+        receipt = core.load(adapters, weights)
+        verify(adapters, receipt, dtype)
+        difference = np.linalg.norm(adapters.probe - receipt.probe) / np.linalg.norm(adapters.probe)
+        assert difference <= PROBE_FLOOR[dtype]
+
+
+def test_a_version_that_was_not_loaded_is_refused(config: ExperimentConfig, learner: LearnerCore) -> None:
+    with pytest.raises(RuntimeError, match="policy version 5 is not loaded"):
+        loaded(config, learner).rollout(request(config, version=5))
+
+
+def test_guidance_changes_the_image() -> None:
+    plain, guided = example_config(), example_config("evaluation.guidance=3")
+    images = [SamplerCore(c).rollout(request(c, adapter="reference", split="eval"))[1] for c in (plain, guided)]
+    assert (images[0] != images[1]).any()
