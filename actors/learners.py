@@ -5,10 +5,11 @@
 
 Failure policy
 - All or nothing: one placement group, one process group, every call goes to all ranks under one deadline.
-- A rank that dies, or does not answer in time, ends the group: its peers are killed and every call from then on raises a
-  one-line RuntimeError that names the rank. No rank is replaced, because optimizer state died with it: the run is started
-  again and goes on at its last checkpoint.
-- An exception of the core is raised as itself and ends the group, for its peers wait in a reduction that will not come.
+- A rank that dies, or does not answer in time, ends the group: its peers are killed and every call from then on
+  raises a one-line RuntimeError that names the rank. No rank is replaced, because optimizer state died with it: the
+  run is started again and goes on at its last checkpoint.
+- An exception of the core is raised as itself and ends the group, for its peers wait in a reduction that will not
+  come.
 """
 
 import asyncio
@@ -201,7 +202,10 @@ class LearnerGroup:
     async def _ranks(self, what: str, refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
         """The answers of ranks 0, 1, ...: all of them, or the group is over."""
         timeout_s = timeout_s or self._config.learner.timeout_s
-        tasks = [asyncio.ensure_future(answer(ref, f"learner {rank}: {what}", 2 * timeout_s)) for rank, ref in enumerate(refs)]
+        tasks = [
+            asyncio.ensure_future(answer(ref, f"learner {rank}: {what}", 2 * timeout_s))
+            for rank, ref in enumerate(refs)
+        ]
         try:
             everyone = asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             await waiting(everyone, f"learners: {what}", timeout_s, lambda: "")

@@ -1,7 +1,8 @@
-"""What a run needs of a cluster, as records, as a table (`--dry-run`) and as a check. Imports no Ray: it starts nothing.
+"""What a run needs of a cluster, as records, as a table (`--dry-run`) and as a check. Imports no Ray: it starts
+nothing.
 
-Failure policy: asking for more than the whole cluster has is the user's mistake and raises ValueError at once; asking for
-more than is free right now is a wait, which says what it waits for (pool.py).
+Failure policy: asking for more than the whole cluster has is the user's mistake and raises ValueError at once; asking
+for more than is free right now is a wait, which says what it waits for (pool.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,11 +7,13 @@
                  └────► a replacement is started, prepared and joins; meanwhile the pool goes on with who is left
 
 Failure policy
-- A worker that fails a request for any reason but the core's own exception is killed and replaced: one rule for a crash, a
-  lost node, a lost connection and a hang (a running actor method cannot be cancelled). Requests must be repeatable.
-- The core's own exception is the same on any worker: it is raised as itself, at once, with the remote traceback as its cause.
-- A request fails with RuntimeError after `max_attempts` workers; a seat is given up after `max_attempts` replacements that
-  did not come up; when no seat is left, every call fails with RuntimeError. Nothing waits without a deadline.
+- A worker that fails a request for any reason but the core's own exception is killed and replaced: one rule for a
+  crash, a lost node, a lost connection and a hang (a running actor method cannot be cancelled). Requests must be
+  repeatable.
+- The core's own exception is the same on any worker: it is raised as itself, at once, with the remote traceback as
+  its cause.
+- A request fails with RuntimeError after `max_attempts` workers; a seat is given up after `max_attempts` replacements
+  that did not come up; when no seat is left, every call fails with RuntimeError. Nothing waits without a deadline.
 
 This file knows neither samplers nor models; what a replacement needs before it serves is the caller's `prepare`.
 """
@@ -127,9 +129,7 @@ class WorkerPool:
             answers = await together([ask(worker) for worker in self._workers.values()])
         return [answer for part in answers for answer in part]
 
-    async def _ask(
-        self, worker: Worker, what: str, send: Callable[[Any], Sequence[Any]]
-    ) -> tuple[Any, Sequence[Any]]:
+    async def _ask(self, worker: Worker, what: str, send: Callable[[Any], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
         worker.in_flight += 1
         try:
             refs = send(worker.actor)
@@ -244,9 +244,7 @@ async def answer(ref: Any, what: str, timeout_s: float, detail: Callable[[], str
         raise
 
 
-async def waiting(
-    work: Awaitable[T], what: str, timeout_s: float, detail: Callable[[], str] | None = None
-) -> T:
+async def waiting(work: Awaitable[T], what: str, timeout_s: float, detail: Callable[[], str] | None = None) -> T:
     """Await with a deadline: DeadlineError says what was waited for, and so does the log if `detail` is given."""
     task, started = asyncio.ensure_future(work), time.monotonic()
     try:

@@ -4,10 +4,10 @@
     adapters ──► every SamplerActor.load, weights by reference ──► receipts, verified
 
 Failure policy
-- As in pool.py; a replacement builds the model, loads the kept versions and is verified before it serves, so a request that
-  is redone gives the same group.
-- Ray's own restarts and task retries are off: a restarted actor would come back without adapters. What a worker returned
-  outlives it (the driver owns it), but not the node that holds it: then the scorers call the group missing.
+- As in pool.py; a replacement builds the model, loads the kept versions and is verified before it serves, so a
+  request that is redone gives the same group.
+- Ray's own restarts and task retries are off: a restarted actor would come back without adapters. What a worker
+  returned outlives it (the driver owns it), but not the node that holds it: then the scorers call the group missing.
 - A receipt that does not match what the learner announced stops the run with both values.
 """
 

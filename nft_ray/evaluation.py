@@ -19,7 +19,7 @@ def summarise(
     *,
     seconds: float,
 ) -> EvalResult:
-    """Mean per reward (`geneval`), detail (`geneval/strict`) and, where lines have one, tag (`geneval/strict/colors`)."""
+    """Mean per reward (`geneval`), detail (`geneval/strict`) and, where lines have it, tag (`.../strict/colors`)."""
     prompts = [item.prompt for request in requests for item in request.items for _ in range(item.num_images)]
     tags = np.array([str(prompt.metadata.get("tag", "")) for prompt in prompts])
     metrics: dict[str, float] = {}

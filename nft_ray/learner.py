@@ -1,13 +1,13 @@
-"""The core of one learner rank: clean samples and optimalities in, a new policy out. Torch only; one trainable adapter.
+"""The core of one learner rank: clean samples and optimalities in, a new policy out. Torch only; one adapter.
 
-Plain regression on (x0, t, noise seed, v_old, v_ref, r): the frozen policies were evaluated by the sampler. An optimizer
-step accumulates over flat (sample, time) pairs in micro-batches of any size and divides by the GLOBAL number of pairs, so
-any number of ranks, with any share of the pairs (none, too), gives the same update.
+Plain regression on (x0, t, noise seed, v_old, v_ref, r): the frozen policies were evaluated by the sampler. An
+optimizer step accumulates over flat (sample, time) pairs in micro-batches of any size and divides by the GLOBAL number
+of pairs, so any number of ranks, with any share of the pairs (none, too), gives the same update.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class LearnerCore:
         self.world_size = world_size
         self.device = torch.device("cuda" if config.learner.num_gpus and torch.cuda.is_available() else "cpu")
         self.model = load_model(config.model, self.device, transformer_only=True)
+        self._dtype = next(self.model.transformer.parameters()).dtype
         self._probe_base = probe_velocity(self.model)
         self.policy = attach(self.model.transformer, config.model.lora, self.model.lora_targets, config.run.seed)
         self.ema = {name: value.detach().clone() for name, value in self.policy.items()}
@@ -63,9 +64,7 @@ class LearnerCore:
         start = numpy_weights(self.policy)
         self._versions = {0: AdapterWeights(old=start, ema=start)}
         velocity = _Velocity(self.model)
-        self._velocity: torch.nn.Module = (
-            DistributedDataParallel(velocity, forward_sync_buffers=False) if world_size > 1 else velocity
-        )
+        self._velocity = DistributedDataParallel(velocity, forward_sync_buffers=False) if world_size > 1 else velocity
 
     def update(
         self,
@@ -163,8 +162,7 @@ class LearnerCore:
         chunks = list(_micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
         self.optimizer.zero_grad(set_to_none=True)
         for i, chunk in enumerate(chunks):
-            synchronise = self.world_size > 1 and i == len(chunks) - 1
-            with nullcontext() if synchronise or self.world_size == 1 else self._velocity.no_sync():
+            with self._reduction(last=i == len(chunks) - 1):
                 totals += self._backward(chunk, groups, samples, num_pairs)
         if not chunks:
             self._join_without_pairs()
@@ -197,7 +195,7 @@ class LearnerCore:
         v_old = self._tensor([s.v_old[i, k] for s, i, k in of])
         v_ref = self._tensor([s.v_ref[i, k] for s, i, k in of if s.v_ref is not None]) if algorithm.kl_weight else None
         r = self._tensor([groups[g].optimality[i] for g, i, _ in pairs])
-        dtype = self.model.transformer.dtype
+        dtype = self._dtype
         conditioning = {
             name: self._tensor([s.conditioning[name][0] for s, _, _ in of]).to(dtype) for name in of[0][0].conditioning
         }
@@ -211,6 +209,11 @@ class LearnerCore:
         (loss * self.world_size).backward()
         x0_norm = (x_t - t.view(-1, *[1] * (x0.ndim - 1)) * v.detach()).flatten(1).pow(2).mean(1).sqrt()
         return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float().cpu()
+
+    def _reduction(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced over the ranks once per optimizer step: in its last backward."""
+        module = self._velocity
+        return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
     def _join_without_pairs(self) -> None:
         """Take part in the reduction with a zero gradient; alone, the gradient IS zero."""
@@ -230,7 +233,7 @@ class LearnerCore:
 def _micro_batches(
     step: int, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], size: int
 ) -> Iterator[np.ndarray]:
-    """Rows (group, sample, time), i64 (at most `size`, 3), of one optimizer step: all times of a sample stand together."""
+    """Rows (group, sample, time), i64 (at most `size`, 3), of one optimizer step: a sample's times stand together."""
     rows = [
         (g, int(i), k)
         for g, group in enumerate(groups)

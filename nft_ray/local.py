@@ -1,7 +1,7 @@
 """The three roles in this process, one after the other: no Ray. For tests, debugging and one device.
 
-The cores are the very ones that the Ray actors hold, so with one learner and equal threads both give the same LoRA to the
-last bit. Nothing here runs beside anything else: a call returns when its work is done.
+The cores are the very ones that the Ray actors hold, so with one learner and equal threads both give the same LoRA to
+the last bit. Nothing here runs beside anything else: a call returns when its work is done.
 """
 
 import asyncio

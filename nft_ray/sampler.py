@@ -1,8 +1,8 @@
-"""The core of one sampler: prompts and seeds in, images and clean samples out. Torch only; it knows no Ray and no reward.
+"""The core of one sampler: prompts and seeds in, images and clean samples out. Torch only; no Ray, no reward.
 
 Everything that depends on a frozen policy is computed here, while its weights are loaded: x0 with the old policy, then
-v_old (and v_ref where the KL weight is above 0) at each sample's training times. What a request gets is a function of the
-request and the adapter version that it names, never of the worker or of what the worker did before.
+v_old (and v_ref where the KL weight is above 0) at each sample's training times. What a request gets is a function of
+the request and the adapter version that it names, never of the worker or of what the worker did before.
 """
 
 import time
@@ -29,7 +29,7 @@ from nft_ray.types import (
 )
 
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-"""Largest |difference| / |velocity| that rounding alone explains between two processes; tests/test_sampler.py measures it."""
+"""Largest |difference| / |velocity| that rounding explains between two processes; measured in tests/test_sampler.py."""
 
 
 class SamplerCore:
@@ -166,8 +166,8 @@ def probe_velocity(model: FlowModel) -> np.ndarray:
 def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
     """RuntimeError with both values where a worker did not load what the learner announced.
 
-    Counts and checksums must be equal; the probe velocity may differ by max(floor |v|, 0.1 |v - v_base|): less than what a
-    LoRA that was not loaded would make it differ.
+    Counts and checksums must be equal; the probe velocity may differ by max(floor |v|, 0.1 |v - v_base|): less than
+    what a LoRA that was not loaded would make it differ.
     """
     for what in ("version", "num_tensors", "checksums"):
         announced, loaded = getattr(adapters, what), getattr(receipt, what)
@@ -178,6 +178,6 @@ def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
     difference = norm(adapters.probe - receipt.probe)
     if not difference <= allowed:
         raise RuntimeError(
-            f"{receipt.worker}: version {adapters.version} gives another velocity: |learner| {norm(adapters.probe):.6g}, "
-            f"|sampler| {norm(receipt.probe):.6g}, |difference| {difference:.3g} > {allowed:.3g}"
+            f"{receipt.worker}: version {adapters.version} gives another velocity: "
+            f"|learner| {norm(adapters.probe):.6g}, |sampler| {norm(receipt.probe):.6g}, |difference| {difference:.3g} > {allowed:.3g}"
         )

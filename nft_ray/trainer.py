@@ -2,9 +2,9 @@
 
     collect(e + staleness) ──► rollouts (oldest first) ──► update(e) ──► load(version e + 1) ──► collect ...
 
-`max_staleness: 0` is the published algorithm; `1` overlaps the rollouts of epoch e + 1 with the update of e. Rollouts of
-epoch e are pinned to policy version max(0, e - max_staleness), so both are reproducible. The trainer sees references and
-scalars; it knows no Ray and no torch.
+`max_staleness: 0` is the published algorithm; `1` overlaps the rollouts of epoch e + 1 with the update of e. Rollouts
+of epoch e are pinned to policy version max(0, e - max_staleness), so both are reproducible. The trainer sees references
+and scalars; it knows no Ray and no torch.
 """
 
 import asyncio

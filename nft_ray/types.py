@@ -84,7 +84,7 @@ class CleanSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One answer of a sampler: `images` (uint8 (N, H, W, 3), for scorers) and `samples` (CleanSamples or None) are refs."""
+    """A sampler's answer: `images` (uint8 (N, H, W, 3), for scorers) and `samples` (CleanSamples or None) are refs."""
 
     info: RolloutInfo
     images: Any

@@ -1,4 +1,4 @@
-"""The sampler core: the same images for the same request, the same velocities as the learner, and proof of every load."""
+"""The sampler core: the same images for the same request, the learner's velocities, and proof of every load."""
 
 import dataclasses
 

@@ -1,8 +1,8 @@
 """From scored groups to one epoch's update: advantages, optimalities, optimizer steps and shards. Scalars only, no Ray.
 
-Which optimizer step a sample belongs to is a function of (run seed, epoch) and the samples that count, with groups in the
-order of their ids: never of arrival or of the number of learners. A sample that misses a trained reward is dropped here,
-not multiplied by 0; what is left of its group is normalised without it.
+Which optimizer step a sample belongs to is a function of (run seed, epoch) and the samples that count, with groups in
+the order of their ids: never of arrival or of the number of learners. A sample that misses a trained reward is dropped
+here, not multiplied by 0; what is left of its group is normalised without it.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ DROPPED = -1
 
 
 def make_batch(groups: Sequence[ScoredGroup], config: ExperimentConfig, *, num_shards: int) -> Batch:
-    """The update of one epoch. RuntimeError where more than `scorers.max_missing_fraction` of the samples are missing."""
+    """The update of one epoch. RuntimeError where more than `scorers.max_missing_fraction` of the samples miss."""
     groups = sorted(groups, key=lambda group: group.request.items[0].group_id)
     sizes = [group.request.num_images for group in groups]
     ids = np.repeat([group.request.items[0].group_id for group in groups], sizes)
@@ -63,7 +63,7 @@ def check_missing(fraction: float, raw: dict[str, np.ndarray], config: Experimen
 
 
 def optimizer_steps(valid: np.ndarray, num_steps: int, run_seed: int, epoch: int) -> np.ndarray:
-    """Optimizer step of every sample, i32 (N,), -1 where it is dropped: near-equal parts of a permutation of the rest."""
+    """Optimizer step of every sample, i32 (N,), -1 = dropped: near-equal parts of a permutation of the rest."""
     (kept,) = np.nonzero(valid)
     step = np.full(len(valid), DROPPED, dtype=np.int32)
     order = kept[permutation(len(kept), "optimizer steps", run_seed, epoch)]

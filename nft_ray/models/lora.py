@@ -1,8 +1,8 @@
 """LoRA tensors in and out of a transformer, by name, with every count asserted.
 
-Two ways to hold one: a learner trains it with peft (`attach`); a float32 sampler adds it to the weights (`Merged`), always
-from the kept pristine ones, since unmerging accumulates rounding. In 16 bit a merge can round away more than an early
-LoRA's whole effect, so there the sampler holds it with peft too. Names on the wire are diffusers' own:
+Three ways to hold one: a learner trains it with peft (`attach`); a float32 sampler adds it to the weights (`merged`),
+always from the kept pristine ones, since unmerging accumulates rounding. In 16 bit a merge can round away more than an
+early LoRA's whole effect, so there a sampler keeps it beside them (`unmerged`). Names on the wire are diffusers' own:
 `transformer_blocks.0.attn.to_q.lora_A.weight`.
 """
 

@@ -1,7 +1,7 @@
 """Stable Diffusion 3, 3.5-medium and 3.5-large (diffusers' StableDiffusion3Pipeline), and nano-sd3, which is one too.
 
-Text goes through the pipeline's own `encode_prompt`, sigmas come from its own scheduler, latents through its VAE's shift
-and scale: so what is trained here is what plain diffusers runs afterwards.
+Text goes through the pipeline's own `encode_prompt`, sigmas come from its own scheduler, latents through its VAE's
+shift and scale: so what is trained here is what plain diffusers runs afterwards.
 """
 
 import logging
@@ -45,7 +45,7 @@ class SD3:
 
     def __init__(
         self,
-        transformer: torch.nn.Module,
+        transformer: SD3Transformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         latent_shape: tuple[int, ...],
         pipeline: StableDiffusion3Pipeline | None,
@@ -57,8 +57,8 @@ class SD3:
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._max_sequence_length = max_sequence_length
-        self._dtype = transformer.dtype
-        self._device = transformer.device
+        self._dtype: torch.dtype = transformer.dtype
+        self._device: torch.device = transformer.device
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """v(x_t, t), f32 (B, *latent); t stays a float: cast to integers, as published, 8.93 would become 8."""

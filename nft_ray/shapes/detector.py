@@ -24,9 +24,10 @@ _SIZE = 128
 _SCALE = _SIZE / IMAGE_SIZE
 _FOREGROUND = 72.0  # least difference from the background in one channel
 _MIN_SIDE = 3.0 * _SCALE  # smaller blobs are noise: not even doubtful objects
-_SIDE = (5.0 * _SCALE, 7.0 * _SCALE)  # shorter side of the box: confidence 0 to 1
-_IOU = (0.72, 0.86)
-_RIVAL = (0.0, 0.05)  # lead over the second best shape
+_SIDE = (5.0 * _SCALE, 7.0 * _SCALE)  # shorter side of the box; here and below: confidence 0 to 1
+_LONG_SIDE = (18.0 * _SCALE, 15.5 * _SCALE)  # longer side: no object is larger than a cell
+_IOU = (0.76, 0.88)
+_RIVAL = (0.02, 0.08)  # lead over the second best shape
 _ASPECT = (0.70, 0.84)  # shorter side / longer side, after the shape's own is divided out
 _PURITY = (0.60, 0.85)  # share of the inner pixels that look like the median
 _PURITY_DISTANCE = 60.0
@@ -100,6 +101,7 @@ class ShapesDetector:
             * _ramp(iou[best] - iou[second], *_RIVAL)
             * _ramp(min(aspect, 1 / aspect), *_ASPECT)
             * _ramp(min(w, h), *_SIDE)
+            * _ramp(-max(w, h), *(-end for end in _LONG_SIDE))
         )
         return SHAPES[best], confidence
 

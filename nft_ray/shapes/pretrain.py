@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train both stages, evaluate and save a snapshot now and then, and at the end."""
     parser = argparse.ArgumentParser(description="Pretrain nano-sd3.")
     parser.add_argument("--output", type=Path, default=Path("runs/nano_sd3"), help="folder for the snapshots")
-    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae", type=Path, help="take the VAE of this pipeline instead of training one")
     parser.add_argument("--steps", type=int, default=2000)

@@ -61,12 +61,15 @@ def test_the_probe_is_the_same_with_and_without_text_encoders(family: str) -> No
     ("changes", "message"),
     [
         ({"family": "sd4"}, "model.family = 'sd4': unknown; did you mean sd3?"),
-        ({"path": "/no/such/folder"}, "model.path = /no/such/folder: no such folder; name a folder, a Hub id or nano-sd3"),
+        (
+            {"path": "/no/such/folder"},
+            "model.path = /no/such/folder: no such folder; name a folder, a Hub id or nano-sd3",
+        ),
         ({"path": "nano_sd3"}, "model.path = nano_sd3: no such folder"),
     ],
 )
 def test_a_wrong_model_is_one_clear_line(changes: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         check_model(TINY["sd3"].model_copy(update=changes))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
