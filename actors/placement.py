@@ -74,8 +74,8 @@ def check(config: ExperimentConfig, cluster_resources: Mapping[str, float]) -> N
             parts = [(row.role, row.num_workers, row.num_cpus if key == "CPU" else row.num_gpus) for row in rows]
             asked = ", ".join(f"{role} {workers} x {each:g}" for role, workers, each in parts if each)
             raise ValueError(
-                f"the run needs {needed:g} {kind} ({asked}), the cluster has {has:g}: lower num_workers, num_replicas or "
-                f"{field} (fractions are fine), or use a larger cluster"
+                f"the run needs {needed:g} {kind} ({asked}), the cluster has {has:g}: lower num_workers, num_replicas "
+                f"or {field} (fractions are fine), or use a larger cluster"
             )
 
 

@@ -117,7 +117,7 @@ class WorkerPool:
         ) from failure
 
     async def broadcast(self, what: str, send: Callable[[Any], Sequence[Any]]) -> list[Any]:
-        """The answer of every worker that serves. One that fails is replaced and has no answer: `prepare` sees to it."""
+        """The answer of every worker that serves. One that fails is replaced, without an answer: `prepare` sees to it."""
 
         async def ask(worker: Worker) -> list[Any]:
             try:
@@ -231,7 +231,7 @@ class Pending:
 
 
 async def answer(ref: Any, what: str, timeout_s: float, detail: Callable[[], str] | None = None) -> Any:
-    """The value of a Ray reference. Past the deadline, or cancelled, the Ray task is cancelled too (if it still queues).
+    """The value of a Ray reference. Past the deadline, or cancelled, the Ray task is cancelled too, if it still waits.
 
     An exception of the remote code is raised as itself. With `detail`, a long wait is logged every REPORT_S seconds.
     """

@@ -31,7 +31,7 @@ async def ray_roles(
     sampler_core: SamplerFactory = SamplerCore,
     learner_core: LearnerFactory = LearnerCore,
 ) -> AsyncIterator[Roles]:
-    """Roles whose workers are ready. Needs a connected Ray and the applications `reward-NAME`; takes picklable cores."""
+    """Roles whose workers are ready. Needs a connected Ray and the applications `reward-NAME`; cores are picklable."""
     check(config, ray.cluster_resources())
     started = time.monotonic()
     scorers = ServeScorers(config)

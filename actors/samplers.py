@@ -44,7 +44,7 @@ SamplerFactory = Callable[[ExperimentConfig, str], SamplerLike]
 
 
 class SamplerActor:
-    """One core in one process, one call at a time. `build` is apart from `__init__`: placed and loaded are two waits."""
+    """One core in one process, one call at a time. `build` is not `__init__`: placed and loaded are two waits."""
 
     def __init__(self, make: SamplerFactory, config: ExperimentConfig, name: str) -> None:
         self._make = lambda: make(config, name)

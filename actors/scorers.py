@@ -1,5 +1,4 @@
-"""The reward plane as the driver sees it: Serve applications called by NAME, images by reference, all rewards at
-once.
+"""The reward plane as the driver sees it: Serve applications called by NAME, images by reference, all at once.
 
     rollout.images (reference) ──► reward-A ──► Scores ─┐
                                └─► reward-B ──► Scores ─┴─► Rewards; None where one could not be had

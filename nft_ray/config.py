@@ -225,12 +225,12 @@ class ExperimentConfig(Section):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The experiment in a YAML file, with `a.b=c` overrides; ValueError with one line for whatever is wrong."""
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
         for override in overrides:
             if "=" not in override:
                 raise ValueError(f"--set {override}: write key=value, such as --set run.seed=1")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(tree, resolve=True)
+        data: Any = OmegaConf.to_container(tree, resolve=True)
     except FileNotFoundError:
         raise ValueError(f"config {path}: no such file{_nearest_file(Path(path))}") from None
     except IsADirectoryError:

@@ -6,6 +6,7 @@ A line whose reward is missing is left out of that mean and counted: `counts` sa
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,8 @@ def save_evaluation(folder: Path, epoch: int, result: EvalResult) -> None:
     target = folder / "evaluations"
     target.mkdir(parents=True, exist_ok=True)
     figures = {"epoch": epoch, "metrics": result.metrics, "counts": result.counts, "seconds": result.seconds}
-    np.savez_compressed(
-        target / f"epoch-{epoch:06d}.npz", **{str(line): image for line, image in result.images.items()}
-    )
+    pictures: dict[str, Any] = {str(line): image for line, image in result.images.items()}
+    np.savez_compressed(target / f"epoch-{epoch:06d}.npz", **pictures)
     (target / f"epoch-{epoch:06d}.json").write_text(json.dumps(figures, indent=1))
 
 

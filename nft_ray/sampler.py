@@ -126,7 +126,8 @@ class SamplerCore:
         """v_old and v_ref of every (sample, time) pair of the one group, each with its own noise."""
         (item,) = request.items
         seeds = np.array(item.seeds, dtype=np.int64)
-        t = training_times(self.model.sigmas(self.config.sampler.num_steps), self.config.sampler.num_times, seeds)
+        sigmas = self.model.sigmas(self.config.sampler.num_steps).numpy()
+        t = training_times(sigmas, self.config.sampler.num_times, seeds)
         noise_seeds = np.array([[mix("noise", int(s), k) for k in range(t.shape[1])] for s in seeds], dtype=np.int64)
         v_old = self._velocities(x0, t, noise_seeds, conditioning)
         v_ref = None
@@ -179,5 +180,6 @@ def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
     if not difference <= allowed:
         raise RuntimeError(
             f"{receipt.worker}: version {adapters.version} gives another velocity: "
-            f"|learner| {norm(adapters.probe):.6g}, |sampler| {norm(receipt.probe):.6g}, |difference| {difference:.3g} > {allowed:.3g}"
+            f"|learner| {norm(adapters.probe):.6g}, |sampler| {norm(receipt.probe):.6g}, "
+            f"|difference| {difference:.3g} > {allowed:.3g}"
         )

@@ -1,9 +1,11 @@
 """What every test shares: threads that suit a small machine, and a local Ray that leaves no trace."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ def local_ray() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # short: Ray's socket paths have a limit
     with pytest.MonkeyPatch.context() as patch:
+        (Path(folder) / "token").write_text(secrets.token_hex(32))
         patch.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(

@@ -93,7 +93,7 @@ def test_a_load_that_moved_something_else_stops_the_run(
     adapters, weights = learner.probe()
     receipt = core.load(adapters, weights)
     wrong = {"num_tensors": 3, "checksums": {"old": "0", "ema": "0"}, "probe": adapters.probe_base}[field]
-    with pytest.raises(RuntimeError, match="differs|another velocity"):
+    with pytest.raises(RuntimeError, match=r"differs|another velocity"):
         verify(adapters, dataclasses.replace(receipt, **{field: wrong}), config.model.dtype)
 
 

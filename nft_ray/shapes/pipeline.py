@@ -64,13 +64,15 @@ def save(pipeline: StableDiffusion3Pipeline, path: Path) -> None:
     """Write a directory in diffusers' format, weights as float32 safetensors.
 
     transformers 5 writes tokenizers as one tokenizer.json; vocab.json and merges.txt, which CLIP's tokenizer is known
-    by elsewhere, are written beside it.
+    by elsewhere, are written beside it. safetensors makes files that only their owner may read: they are opened up.
     """
     pipeline.save_pretrained(str(path), safe_serialization=True)
     vocabulary, merges = _vocabulary(words())
     for name in ("tokenizer", "tokenizer_2"):
         (path / name / "vocab.json").write_text(json.dumps(vocabulary) + "\n")
         (path / name / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    for weights in path.rglob("*.safetensors"):
+        weights.chmod(0o644)
 
 
 def size_bytes(path: Path = PATH) -> int:
