@@ -117,7 +117,7 @@ class WorkerPool:
         ) from failure
 
     async def broadcast(self, what: str, send: Callable[[Any], Sequence[Any]]) -> list[Any]:
-        """The answer of every worker that serves. One that fails is replaced, without an answer: `prepare` sees to it."""
+        """The answer of every worker that serves; one that fails is replaced, and `prepare` sees to its replacement."""
 
         async def ask(worker: Worker) -> list[Any]:
             try:
@@ -184,7 +184,7 @@ class WorkerPool:
         actor = self._spawn(name)
         self._starting.add(actor)
         try:
-            await answer(actor.__ray_ready__.remote(), f"{name}: {self._place}", self._place_s, free_resources)
+            await answer(actor.__ray_ready__.remote(), f"{name} {self._place}", self._place_s, free_resources)
             await self._prepare(actor)
         except BaseException:
             ray.kill(actor)
@@ -253,7 +253,7 @@ async def waiting(work: Awaitable[T], what: str, timeout_s: float, detail: Calla
             if waited >= timeout_s:
                 raise DeadlineError(f"{what}: no answer within {timeout_s:g} s")
             if detail and waited >= REPORT_S:
-                logger.info("waiting for %s (%.0f s) %s", what, waited, await asyncio.to_thread(detail))
+                logger.info("waiting for %s (%.0f s)%s", what, waited, await asyncio.to_thread(detail))
             await asyncio.wait([task], timeout=min(REPORT_S, timeout_s - waited))
         return task.result()
     finally:
@@ -272,9 +272,9 @@ async def together(work: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def free_resources() -> str:
-    """What a wait for a place adds: `the cluster has 1.5 CPUs and 0 GPUs free`."""
+    """What a wait for a place adds to its log line."""
     free = ray.available_resources()
-    return f"the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+    return f"; the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
 
 
 def one_line(error: BaseException | None) -> str:

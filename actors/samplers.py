@@ -71,7 +71,7 @@ class SamplerPool:
             sampler.num_workers,
             spawn=self._spawn,
             prepare=self._prepare,
-            place=f"a place with {sampler.num_cpus:g} CPUs and {sampler.num_gpus:g} GPUs",
+            place=f"to start with {sampler.num_cpus:g} CPUs and {sampler.num_gpus:g} GPUs",
             place_s=config.cluster.wait_s,
             timeout_s=sampler.timeout_s,
             max_in_flight=sampler.max_in_flight,
@@ -92,8 +92,9 @@ class SamplerPool:
 
     async def load(self, adapters: Adapters) -> None:
         """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
+        self._kept.pop(adapters.version, None)  # the newest stands last, a restored version too
         self._kept[adapters.version] = adapters
-        for version in sorted(self._kept)[: -(self._config.run.max_staleness + 1)]:
+        for version in list(self._kept)[: -(self._config.run.max_staleness + 1)]:
             del self._kept[version]
         receipts = await self._pool.broadcast(f"load version {adapters.version}", lambda actor: _load(actor, adapters))
         for receipt in receipts:
@@ -118,13 +119,13 @@ class SamplerPool:
 
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
-        timeout_s, loaded = self._config.sampler.timeout_s, set[int]()
+        timeout_s, loaded = self._config.sampler.timeout_s, list[Adapters]()
         await answer(actor.build.remote(), "a sampler's model to load", timeout_s, lambda: "")
-        while missing := sorted(self._kept.keys() - loaded):
-            adapters = self._kept[missing[0]]
+        while missing := [kept for kept in self._kept.values() if not any(kept is done for done in loaded)]:
+            adapters = missing[0]
             receipt = await answer(_load(actor, adapters)[0], f"load version {adapters.version}", timeout_s)
             verify(adapters, receipt, self._config.model.dtype)
-            loaded.add(adapters.version)
+            loaded.append(adapters)
 
 
 def _load(actor: Any, adapters: Adapters) -> Sequence[Any]:

@@ -9,11 +9,11 @@ retries (actors/scorers.py); a replica that dies is replaced by Serve, its reque
 """
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
@@ -28,8 +28,9 @@ class RewardReplica:
     """One process that holds one reward."""
 
     def __init__(self, load: Load, name: str, section: Mapping[str, Any], config: RewardConfig) -> None:
-        torch.set_num_threads(max(1, int(config.num_cpus)))
         self._reward = load(name, section)
+        if "torch" in sys.modules:  # most rewards do without: 0.2 GiB and seconds less per replica
+            sys.modules["torch"].set_num_threads(max(1, int(config.num_cpus)))
         self._score_batch.set_max_batch_size(config.batch_size)  # type: ignore[attr-defined]
         self._score_batch.set_batch_wait_timeout_s(config.batch_wait_s)  # type: ignore[attr-defined]
 

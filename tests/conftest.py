@@ -21,6 +21,7 @@ def local_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         (Path(folder) / "token").write_text(secrets.token_hex(32))
         patch.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # workers import the fakes
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(
             num_cpus=2,

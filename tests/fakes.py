@@ -73,8 +73,9 @@ class FakeSamplerCore:
         self.versions: dict[int, AdapterWeights] = {}
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
+        self.versions.pop(adapters.version, None)
         self.versions[adapters.version] = weights
-        for version in sorted(self.versions)[: -(self.config.run.max_staleness + 1)]:
+        for version in list(self.versions)[: -(self.config.run.max_staleness + 1)]:
             del self.versions[version]
         return LoadReceipt(
             worker=self.worker,
@@ -236,23 +237,8 @@ class MortalSamplerCore(FakeSamplerCore):
         return super().rollout(request)
 
 
-class LyingSamplerCore(FakeSamplerCore):
-    """Says that it loaded what it did not: the probe shows it."""
-
-    def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
-        zero = {"lora": np.zeros(4, dtype=np.float32)}
-        receipt = super().load(adapters, weights)
-        return LoadReceipt(
-            worker=receipt.worker,
-            version=receipt.version,
-            num_tensors=receipt.num_tensors,
-            checksums=receipt.checksums,
-            probe=fake_probe(zero),
-        )
-
-
 class MortalLearnerCore(FakeLearnerCore):
-    """Rank `rank` dies in an update while `folder/die-learner` is there, drifts for `folder/drift-learner`."""
+    """Rank `mortal_rank` dies in an update while `folder/die-learner` is there."""
 
     def __init__(self, folder: Path, mortal_rank: int, config: ExperimentConfig, rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
@@ -267,8 +253,6 @@ class MortalLearnerCore(FakeLearnerCore):
     ) -> tuple[UpdateResult, AdapterWeights]:
         if self.mortal and consume(self.folder / "die-learner"):
             die()
-        if self.mortal and consume(self.folder / "drift-learner"):
-            self.versions[self.version].old["lora"][0] = 1.0
         return super().update(epoch, groups, samples, samples_per_step)
 
 

@@ -153,6 +153,7 @@ def load(config: ModelConfig, device: torch.device, *, transformer_only: bool = 
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
                 part.requires_grad_(False).eval()
+        pipeline.vae.to(memory_format=torch.channels_last)
         transformer, scheduler, vae_config = pipeline.transformer, pipeline.scheduler, pipeline.vae.config
     transformer = transformer.to(device).requires_grad_(False).eval()
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)

@@ -94,7 +94,12 @@ def test_a_round_trip_changes_nothing(tmp_path: Path) -> None:
     loaded = nano.load(tmp_path)
     for pipeline in (built, loaded):
         pipeline.set_progress_bar_config(disable=True)
-    assert np.array_equal(generate(built, "a photo of two crosses"), generate(loaded, "a photo of two crosses"))
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        weights = getattr(loaded, name).state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in getattr(built, name).state_dict().items())
+    # Not to the last bit: loaded weights lie elsewhere in memory (8 mod 64), and oneDNN's kernels depend on that.
+    prompt = "a photo of two crosses"
+    np.testing.assert_allclose(generate(built, prompt), generate(loaded, prompt), atol=1e-5)
     assert loaded.tokenizer("a photo of two crosses").input_ids == built.tokenizer("a photo of two crosses").input_ids
 
 

@@ -1,0 +1,188 @@
+"""The folder of one run: checkpoints that are whole or absent, what belongs to it, and what may go on in it.
+
+    RUNS/NAME/config.yaml                   the resolved experiment
+    RUNS/NAME/checkpoints/epoch-000010/     policy, ema, optimizer, old-NNNNNN, ema-NNNNNN (safetensors), state.json
+
+A checkpoint is a FINISHED epoch. It is written beside its place, flushed to the disk and renamed into it, and only then
+are older ones removed: whatever fails, the last whole one is there. There is no random state to keep: every prompt, seed
+and permutation is a function of (run seed, epoch), and state.json says which.
+"""
+
+import errno
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from nft_ray.config import ExperimentConfig, differences, dump, resolved
+from nft_ray.types import AdapterWeights, LearnerState
+
+PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
+MAY_DIFFER = ("run.num_epochs", "run.root", "run.keep_checkpoints", "run.checkpoint_every", "tracking.", "cluster.")
+"""Keys under which a run may be resumed with another value: they change no weight."""
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What `RunFolder.latest` found: `epoch` epochs are finished."""
+
+    epoch: int
+    state: LearnerState
+    path: Path
+
+
+class RunFolder:
+    """The folder of one run. Nothing is written before `claim`."""
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        self.path = path
+        self.keep = keep
+
+    def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
+        """Make the folder this experiment's, or see that it is; ValueError lists the keys that differ otherwise."""
+        target = self.path / "config.yaml"
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        if target.exists():
+            before = yaml.safe_load(target.read_text())
+            changed = [key for key in differences(before, resolved(config)) if not key.startswith(MAY_DIFFER)]
+            if changed:
+                shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
+                raise ValueError(
+                    f"run {config.run.name} exists in {self.path} with another config (differs in: {shown}): choose "
+                    f"another name with --set run.name=..., or replace that run with --overwrite"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, dump(config))
+
+    def save(self, epoch: int, state: LearnerState) -> Path:
+        """Write the checkpoint of `epoch` finished epochs. OSError with one line where the disk is full."""
+        target = self.path / "checkpoints" / f"epoch-{epoch:06d}"
+        partial = target.with_name(target.name + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            for name, tensors in _tensors(state).items():
+                save_file(tensors, partial / f"{name}.safetensors")
+            (partial / "state.json").write_text(json.dumps(self._facts(epoch, state), indent=1))
+            for file in [*partial.iterdir(), partial]:
+                _flush(file)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            _flush(target.parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _save_error(target, error) from error
+        for old in self._whole()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None."""
+        whole = self._whole()
+        if not whole:
+            return None
+        path = whole[-1]
+        facts = json.loads((path / "state.json").read_text())
+        optimizer = load_file(path / "optimizer.safetensors")
+        state = LearnerState(
+            version=facts["version"],
+            optimizer_step=facts["optimizer_step"],
+            policy=load_file(path / "policy.safetensors"),
+            ema=load_file(path / "ema.safetensors"),
+            versions={
+                number: AdapterWeights(
+                    old=load_file(path / f"old-{number:06d}.safetensors"),
+                    ema=load_file(path / f"ema-{number:06d}.safetensors"),
+                )
+                for number in facts["versions"]
+            },
+            optimizer=optimizer,
+        )
+        return Checkpoint(epoch=facts["epoch"], state=state, path=path)
+
+    def _whole(self) -> list[Path]:
+        found = (self.path / "checkpoints").glob("epoch-*")
+        return sorted(path for path in found if path.suffix != PARTIAL and (path / "state.json").is_file())
+
+    def _facts(self, epoch: int, state: LearnerState) -> dict[str, Any]:
+        config, run_id = self.path / "config.yaml", self.path / "mlflow_run_id.txt"
+        return {
+            "epoch": epoch,
+            "version": state.version,
+            "optimizer_step": state.optimizer_step,
+            "versions": sorted(state.versions),
+            "random_state": "none: every seed is a function of (run.seed, epoch, prompt line, image)",
+            "tracker_run_id": run_id.read_text().strip() if run_id.exists() else None,
+            "packages": package_versions(),
+            "config": yaml.safe_load(config.read_text()) if config.exists() else None,
+        }
+
+
+def run_root(config: ExperimentConfig, environment: Mapping[str, str]) -> Path:
+    """The absolute folder of all runs: NFT_RAY_RUNS, else `run.root`.
+
+    Inside a submitted job the working directory is a copy that Ray deletes with the session, so a relative root is
+    taken from the home folder there.
+    """
+    root = Path(environment.get("NFT_RAY_RUNS") or config.run.root).expanduser()
+    if not root.is_absolute() and in_submitted_job(environment):
+        return Path.home() / "nft_ray" / root
+    return root.absolute()
+
+
+def in_submitted_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the entrypoint of `ray job submit` (Ray names its supervisor in the environment)."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run depends on, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by another text, or leave it as it was."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _tensors(state: LearnerState) -> dict[str, dict[str, Any]]:
+    named = {"policy": state.policy, "ema": state.ema, "optimizer": state.optimizer}
+    for number, weights in state.versions.items():
+        named[f"old-{number:06d}"] = weights.old
+        named[f"ema-{number:06d}"] = weights.ema
+    return named
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save_error(target: Path, error: Exception) -> OSError:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = full or "No space left" in str(error) or "File too large" in str(error)
+    what = "the disk is full" if full else " ".join(str(error).split())
+    return OSError(f"checkpoint {target} could not be written: {what}; earlier checkpoints are intact")

@@ -1,0 +1,120 @@
+"""Prompt sets and what an epoch asks for: pure functions of (file, seeds, epoch). Knows no model and no reward.
+
+The unit is a LINE: its index is the group key, whatever the text says, so equal prompts on two lines are two groups.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nft_ray.config import ExperimentConfig
+from nft_ray.seeding import evaluation_seed, image_seed, permutation
+from nft_ray.types import Adapter, Prompt, RolloutItem, RolloutRequest
+
+PACKAGED = {
+    name: Path(__file__).parent / "shapes" / "prompts" / f"{name[7:]}.jsonl" for name in ("shapes/train", "shapes/test")
+}
+SUFFIXES = (".jsonl", ".txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The lines of one file, in its order."""
+
+    lines: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def load_prompts(spec: str) -> PromptSet:
+    """A .jsonl file in GenEval's format (`prompt`, and the whole object as metadata), a .txt file, or `shapes/train`.
+
+    Raises ValueError with one line for a file that is missing, empty or has a line that is no prompt.
+    """
+    path = PACKAGED.get(spec, Path(spec))
+    if path.suffix not in SUFFIXES:
+        close = difflib.get_close_matches(spec, PACKAGED, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known without a file: {', '.join(PACKAGED)}"
+        raise ValueError(f"prompts {spec}: must be a .jsonl or .txt file; {hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"prompts {spec}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts {spec}: cannot be read as UTF-8 text: {error}") from None
+    parse = _json_lines if path.suffix == ".jsonl" else _text_lines
+    lines = tuple(
+        Prompt(id=i, text=prompt, metadata=metadata) for i, (prompt, metadata) in enumerate(parse(spec, text))
+    )
+    if not lines:
+        raise ValueError(f"prompts {spec}: the file is empty; write one prompt per line")
+    return PromptSet(lines=lines)
+
+
+def check_prompts(train: PromptSet, config: ExperimentConfig) -> None:
+    """ValueError where an epoch draws more groups than there are lines to draw from, without replacement."""
+    wanted = config.prompts.groups_per_epoch
+    if wanted > len(train):
+        raise ValueError(
+            f"prompts.groups_per_epoch = {wanted}: drawn without replacement from the {len(train)} lines of "
+            f"{config.prompts.train}; use at most {len(train)}"
+        )
+
+
+def epoch_requests(
+    prompts: PromptSet, config: ExperimentConfig, *, epoch: int, policy_version: int
+) -> tuple[RolloutRequest, ...]:
+    """One request per group: the epoch's lines, drawn without replacement by (run seed, epoch), old policy."""
+    seed, drawn = config.run.seed, permutation(len(prompts), "prompts", config.run.seed, epoch)
+    requests = []
+    for line in drawn[: config.prompts.groups_per_epoch].tolist():
+        seeds = tuple(image_seed(seed, epoch, line, image) for image in range(config.prompts.images_per_group))
+        items = (RolloutItem(group_id=line, prompt=prompts.lines[line], seeds=seeds),)
+        requests.append(
+            RolloutRequest(epoch=epoch, items=items, adapter="old", policy_version=policy_version, split="train")
+        )
+    return tuple(requests)
+
+
+def evaluation_requests(
+    prompts: PromptSet, config: ExperimentConfig, *, epoch: int, policy_version: int, adapter: Adapter
+) -> tuple[RolloutRequest, ...]:
+    """Every line once, one image each, in batches of `evaluation.batch_size`, the last one shorter, never padded."""
+    size, seed = config.evaluation.batch_size, config.evaluation.seed
+    items = [
+        RolloutItem(group_id=prompt.id, prompt=prompt, seeds=(evaluation_seed(seed, prompt.id),))
+        for prompt in prompts.lines
+    ]
+    return tuple(
+        RolloutRequest(
+            epoch=epoch,
+            items=tuple(items[start : start + size]),
+            adapter=adapter,
+            policy_version=policy_version,
+            split="eval",
+        )
+        for start in range(0, len(items), size)
+    )
+
+
+def _text_lines(spec: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in text.splitlines():
+        if line.strip():
+            yield line.strip(), {}
+
+
+def _json_lines(spec: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts {spec}, line {number}: is no JSON: {error}") from None
+        if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
+            raise ValueError(f'prompts {spec}, line {number}: needs an object with a text under "prompt"')
+        yield data["prompt"], data

@@ -1,0 +1,40 @@
+"""What a run needs: the table and the check, without a cluster."""
+
+import subprocess
+import sys
+
+import pytest
+
+from actors.placement import check, needs, table
+from tests.fakes import fake_config
+
+
+def test_the_table_adds_up() -> None:
+    lines = table(needs(fake_config(sampler={"num_gpus": 0.5, "memory_gib": 2}))).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["sampler", "2", "0.5", "1", "4"],
+        ["learner", "2", "0.5", "0", "2"],
+        ["reward-jpeg_compressibility", "3", "0.75", "0", "-"],
+        ["total", "7", "1.75", "1", "6"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_fractions_fill_a_cluster_exactly() -> None:
+    config = fake_config(sampler={"num_cpus": 0.3}, learner={"num_cpus": 0.3}, rewards={"jpeg_compressibility": {}})
+    check(config, {"CPU": 2.2})
+
+
+def test_too_many_cpus_name_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"needs 1\.75 CPUs \(sampler 2 x 0\.25, .*the cluster has 1: lower"):
+        check(fake_config(), {"CPU": 1.0})
+
+
+def test_gpus_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match=r"needs 2 GPUs \(learner 2 x 1\), the cluster has 0: .*num_gpus"):
+        check(fake_config(learner={"num_gpus": 1}), {"CPU": 2.0})
+
+
+def test_a_dry_run_needs_no_ray() -> None:
+    code = "import sys, actors.placement; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,192 @@
+"""The loop with cores that cost nothing: order, staleness, what is pinned, failure and resume."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nft_ray.checkpoint import RunFolder
+from nft_ray.config import ExperimentConfig
+from nft_ray.prompts import PromptSet
+from nft_ray.rewards.combine import assemble
+from nft_ray.roles import Roles
+from nft_ray.sampler import verify
+from nft_ray.trainer import Trainer
+from nft_ray.types import (
+    Adapters,
+    AdapterWeights,
+    Batch,
+    EvalResult,
+    LearnerState,
+    Prompt,
+    Rewards,
+    Rollout,
+    RolloutRequest,
+    UpdateResult,
+)
+from tests.fakes import FakeLearnerCore, FakeReward, FakeSamplerCore, fake_config
+
+LINES = tuple(Prompt(id=i, text=f"prompt {i}", metadata={"tag": "a"}) for i in range(20))
+
+
+class World:
+    """All three roles around fake cores, and a diary of what was asked in which order."""
+
+    size = 1
+
+    def __init__(self, config: ExperimentConfig, fail_at: str = "") -> None:
+        self.config, self.fail_at = config, fail_at
+        self.sampler, self.learner = FakeSamplerCore(config), FakeLearnerCore(config)
+        self.diary: list[str] = []
+        self.requests: list[RolloutRequest] = []
+
+    def note(self, what: str) -> None:
+        self.diary.append(what)
+        if what == self.fail_at:
+            raise RuntimeError(f"{what} failed")
+
+    async def load(self, adapters: Adapters) -> None:
+        self.note(f"load {adapters.version}")
+        verify(adapters, self.sampler.load(adapters, adapters.weights), "float32")
+
+    async def rollout(self, request: RolloutRequest) -> Rollout:
+        await asyncio.sleep(0)
+        self.requests.append(request)
+        self.note(f"{request.split} {request.epoch} with {request.adapter} {request.policy_version}")
+        info, images, samples = self.sampler.rollout(request)
+        return Rollout(info=info, images=images, samples=samples)
+
+    async def images(self, rollout: Rollout) -> np.ndarray:
+        return rollout.images
+
+    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+        prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
+        scores = FakeReward().score(rollout.images, [p.text for p in prompts], [p.metadata for p in prompts])
+        return assemble({"jpeg_compressibility": scores}, request.num_images, {"jpeg_compressibility": 1.0})
+
+    async def restore(self, state: LearnerState) -> None:
+        self.note("restore")
+        self.learner.restore(state)
+
+    async def state(self) -> LearnerState:
+        return self.learner.state()
+
+    async def probe(self) -> Adapters:
+        return self.announce(*self.learner.probe())
+
+    async def adapters(self) -> tuple[Adapters, ...]:
+        return tuple(self.announce(*pair) for pair in self.learner.adapters())
+
+    async def update(self, batch: Batch) -> UpdateResult:
+        self.note(f"update {batch.epoch}")
+        await asyncio.sleep(0.01)  # long enough for an overlapping rollout to begin
+        (groups,) = batch.shards
+        result, weights = self.learner.update(
+            batch.epoch, groups, [group.samples for group in groups], batch.samples_per_step
+        )
+        return dataclasses.replace(result, adapters=self.announce(result.adapters, weights))
+
+    @staticmethod
+    def announce(adapters: Adapters, weights: AdapterWeights) -> Adapters:
+        return dataclasses.replace(adapters, weights=weights)
+
+
+class Diary:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+        self.evaluations: dict[int, EvalResult] = {}
+        self.metrics: list[dict[str, float]] = []
+
+    def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
+        self.epochs.append(epoch)
+        self.metrics.append(metrics)
+
+    def log_evaluation(self, epoch: int, result: EvalResult) -> None:
+        self.evaluations[epoch] = result
+
+
+def config_for(staleness: int = 0, epochs: int = 4, **run: Any) -> ExperimentConfig:
+    return fake_config(
+        run={"num_epochs": epochs, "max_staleness": staleness, "checkpoint_every": 2, **run},
+        learner={"num_workers": 1},
+        evaluation={"every": 2, "batch_size": 8},
+    )
+
+
+def train(config: ExperimentConfig, folder: Path, fail_at: str = "") -> tuple[World, Diary]:
+    world, tracker = World(config, fail_at), Diary()
+    roles: Any = Roles(samplers=world, scorers=world, learners=world)
+    prompts = PromptSet(lines=LINES)
+    asyncio.run(Trainer(config, roles, RunFolder(folder), tracker, prompts, prompts).run())
+    return world, tracker
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_rollouts_are_pinned_to_the_version_that_staleness_allows(staleness: int, tmp_path: Path) -> None:
+    world, _ = train(config_for(staleness), tmp_path)
+    asked = {(r.epoch, r.policy_version) for r in world.requests if r.split == "train"}
+    assert asked == {(epoch, max(0, epoch - staleness)) for epoch in range(4)}
+    per_epoch = [sum(r.epoch == epoch and r.split == "train" for r in world.requests) for epoch in range(4)]
+    assert per_epoch == [config_for().prompts.groups_per_epoch] * 4
+
+
+def test_without_staleness_nothing_overlaps(tmp_path: Path) -> None:
+    world, _ = train(config_for(0), tmp_path)
+    for epoch in range(1, 4):
+        first_rollout = world.diary.index(f"train {epoch} with old {epoch}")
+        assert world.diary.index(f"update {epoch - 1}") < world.diary.index(f"load {epoch}") < first_rollout
+
+
+def test_with_staleness_the_next_rollouts_begin_before_the_update_is_published(tmp_path: Path) -> None:
+    world, _ = train(config_for(1), tmp_path)
+    for epoch in range(1, 4):
+        first_rollout = world.diary.index(f"train {epoch} with old {epoch - 1}")
+        assert first_rollout < world.diary.index(f"load {epoch}")
+
+
+def test_a_random_adapter_is_proved_before_anything_is_sampled(tmp_path: Path) -> None:
+    world, _ = train(config_for(), tmp_path)
+    assert world.diary[:2] == ["load -1", "load 0"]
+
+
+def test_the_base_is_evaluated_first_and_the_ema_policy_every_n_epochs(tmp_path: Path) -> None:
+    world, tracker = train(config_for(epochs=5), tmp_path)
+    assert sorted(tracker.evaluations) == [0, 2, 4, 5]
+    assert tracker.epochs == [1, 2, 3, 4, 5]
+    evaluations = [r for r in world.requests if r.split == "eval"]
+    assert {r.adapter for r in evaluations if r.epoch == 0} == {"reference"}
+    assert {(r.adapter, r.policy_version) for r in evaluations if r.epoch == 4} == {("ema", 4)}
+    for epoch in tracker.evaluations:
+        lines = [item.prompt.id for r in evaluations if r.epoch == epoch for item in r.items]
+        assert lines == list(range(20))  # each line once, in the batches that the config fixes
+        assert sorted(tracker.evaluations[epoch].images) == list(range(8))
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("fail_at", ["update 2", "update 3", "load 3"])
+def test_a_run_that_stops_goes_on_at_its_last_checkpoint(staleness: int, fail_at: str, tmp_path: Path) -> None:
+    straight, _ = train(config_for(staleness, epochs=5), tmp_path / "straight")
+    with pytest.raises(RuntimeError, match="failed"):
+        train(config_for(staleness, epochs=5), tmp_path / "broken", fail_at)
+    resumed, tracker = train(config_for(staleness, epochs=5), tmp_path / "broken")
+    assert resumed.diary[0] == "restore"
+    assert tracker.epochs == [3, 4, 5]
+    assert resumed.learner.version == straight.learner.version == 5
+    np.testing.assert_array_equal(resumed.learner.state().policy["lora"], straight.learner.state().policy["lora"])
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    train(config_for(), tmp_path)
+    world, tracker = train(config_for(), tmp_path)
+    assert tracker.epochs == []
+    assert not [r for r in world.requests if r.split == "train"]
+
+
+def test_a_failing_rollout_is_raised_as_itself_and_leaves_no_task_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="train 1 with old 0 failed"):
+        train(config_for(1), tmp_path, fail_at="train 1 with old 0")
