@@ -133,10 +133,9 @@ class LearnerGroup:
         place = {"CPU": learner.num_cpus or 1e-4, "GPU": learner.num_gpus}
         place = {kind: amount for kind, amount in place.items() if amount}
         self._bundles = placement_group([place] * self.size, strategy="PACK", name=name)
-        wanted = f"{name}: places for {self.size} x {learner.num_cpus:g} CPUs and {learner.num_gpus:g} GPUs"
-        await answer(self._bundles.ready(), wanted, self._config.cluster.wait_s, free_resources)
         self._actors = [self._spawn(f"{name}-{rank}", rank, self._bundles) for rank in range(self.size)]
-        await self._all("start", lambda actor: actor.__ray_ready__.remote(), self._config.cluster.wait_s)
+        start = f"start with {learner.num_cpus:g} CPUs and {learner.num_gpus:g} GPUs each"
+        await self._all(start, lambda actor: actor.__ray_ready__.remote(), self._config.cluster.wait_s, free_resources)
         if self.size > 1:
             host, port = await answer(self._actors[0].open_store.remote(), "rank 0 to open a store", learner.timeout_s)
             await self._all("join the process group", lambda actor: actor.join.remote(host, port))
@@ -196,10 +195,22 @@ class LearnerGroup:
     def _first(self) -> Any:
         return self._living[0]
 
-    async def _all(self, what: str, send: Callable[[Any], Any], timeout_s: float | None = None) -> list[Any]:
-        return await self._ranks(what, [send(actor) for actor in self._living], timeout_s)
+    async def _all(
+        self,
+        what: str,
+        send: Callable[[Any], Any],
+        timeout_s: float | None = None,
+        detail: Callable[[], str] = lambda: "",
+    ) -> list[Any]:
+        return await self._ranks(what, [send(actor) for actor in self._living], timeout_s, detail)
 
-    async def _ranks(self, what: str, refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
+    async def _ranks(
+        self,
+        what: str,
+        refs: Sequence[Any],
+        timeout_s: float | None = None,
+        detail: Callable[[], str] = lambda: "",
+    ) -> list[Any]:
         """The answers of ranks 0, 1, ...: all of them, or the group is over."""
         timeout_s = timeout_s or self._config.learner.timeout_s
         tasks = [
@@ -208,7 +219,7 @@ class LearnerGroup:
         ]
         try:
             everyone = asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            await waiting(everyone, f"learners: {what}", timeout_s, lambda: "")
+            await waiting(everyone, f"{self.size} learners: {what}", timeout_s, detail)
             if not all(task.done() and task.exception() is None for task in tasks):
                 await asyncio.wait(tasks, timeout=GRACE_S)
                 self._fail(what, tasks)

@@ -89,7 +89,8 @@ class WorkerPool:
 
     async def start(self) -> None:
         """Every seat taken and prepared; the first that fails is raised: a run does not start half."""
-        await together([self._occupy(seat) for seat in range(self._num_workers)])
+        with self._pending.one():
+            await together([self._occupy(seat) for seat in range(self._num_workers)])
 
     def close(self) -> None:
         """Kill every worker; calls that still wait fail."""
@@ -184,7 +185,7 @@ class WorkerPool:
         actor = self._spawn(name)
         self._starting.add(actor)
         try:
-            await answer(actor.__ray_ready__.remote(), f"{name} {self._place}", self._place_s, free_resources)
+            await answer(actor.__ray_ready__.remote(), f"{name} {self._place}", self._place_s)
             await self._prepare(actor)
         except BaseException:
             ray.kill(actor)
@@ -196,7 +197,9 @@ class WorkerPool:
         self._changed.set()
 
     def _say(self, count: int) -> str:
-        return f"{count} calls of {self._role}, {len(self._workers)} of {self._num_workers} workers serve"
+        serve = f"{self._role}: {count} calls outstanding, {len(self._workers)} of {self._num_workers} workers serve"
+        starting = self._num_workers - len(self._workers)
+        return f"{serve}, {starting} {self._place}; {free_resources()}" if starting else serve
 
 
 class Pending:
@@ -253,7 +256,7 @@ async def waiting(work: Awaitable[T], what: str, timeout_s: float, detail: Calla
             if waited >= timeout_s:
                 raise DeadlineError(f"{what}: no answer within {timeout_s:g} s")
             if detail and waited >= REPORT_S:
-                logger.info("waiting for %s (%.0f s)%s", what, waited, await asyncio.to_thread(detail))
+                logger.info("waiting for %s (%.0f s) %s", what, waited, await asyncio.to_thread(detail))
             await asyncio.wait([task], timeout=min(REPORT_S, timeout_s - waited))
         return task.result()
     finally:
@@ -274,7 +277,7 @@ async def together(work: Sequence[Awaitable[T]]) -> list[T]:
 def free_resources() -> str:
     """What a wait for a place adds to its log line."""
     free = ray.available_resources()
-    return f"; the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+    return f"the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
 
 
 def one_line(error: BaseException | None) -> str:

@@ -120,7 +120,7 @@ class SamplerPool:
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
         timeout_s, loaded = self._config.sampler.timeout_s, list[Adapters]()
-        await answer(actor.build.remote(), "a sampler's model to load", timeout_s, lambda: "")
+        await answer(actor.build.remote(), "a sampler's model to load", timeout_s)
         while missing := [kept for kept in self._kept.values() if not any(kept is done for done in loaded)]:
             adapters = missing[0]
             receipt = await answer(_load(actor, adapters)[0], f"load version {adapters.version}", timeout_s)

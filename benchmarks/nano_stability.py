@@ -2,9 +2,9 @@
 
     python benchmarks/nano_stability.py [--seeds 0 1 2] [--parallel 2] [--set a.b=c ...] [--name nano_stability]
 
-Each run is `nft-ray train configs/quickstart.yaml --local` with more epochs: the same algorithm to the last bit as on Ray
-with one learner. An interrupted benchmark goes on where it stopped. Writes benchmarks/results/NAME.json and NAME.png:
-held-out strict GenEval accuracy (all 480 lines, no guidance, EMA policy) by epoch, and per seed the best and the last.
+Each run is `nft-ray train configs/quickstart.yaml --local` with more epochs: the same algorithm to the last bit as on
+Ray with one learner. An interrupted benchmark goes on where it stopped. Writes benchmarks/results/NAME.json and .png:
+held-out strict GenEval accuracy (all 480 lines, no guidance, EMA policy) by epoch, and per seed the best and last.
 """
 
 import argparse

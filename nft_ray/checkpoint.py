@@ -3,9 +3,9 @@
     RUNS/NAME/config.yaml                   the resolved experiment
     RUNS/NAME/checkpoints/epoch-000010/     policy, ema, optimizer, old-NNNNNN, ema-NNNNNN (safetensors), state.json
 
-A checkpoint is a FINISHED epoch. It is written beside its place, flushed to the disk and renamed into it, and only then
-are older ones removed: whatever fails, the last whole one is there. There is no random state to keep: every prompt, seed
-and permutation is a function of (run seed, epoch), and state.json says which.
+A checkpoint is a FINISHED epoch. It is written beside its place, flushed to the disk and renamed into it, and only
+then are older ones removed: whatever fails, the last whole one is there. There is no random state to keep: every
+prompt, seed and permutation is a function of (run seed, epoch), and state.json says which.
 """
 
 import errno

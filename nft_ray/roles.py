@@ -75,6 +75,10 @@ class Tracker(Protocol):
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None: ...
 
+    def log_progress(self, what: str, done: int, total: int) -> None:
+        """Within an epoch: for a person who watches; nothing is kept."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:

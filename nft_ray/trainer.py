@@ -10,8 +10,7 @@ and scalars; it knows no Ray and no torch.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,8 +21,6 @@ from nft_ray.evaluation import save_evaluation, summarise
 from nft_ray.prompts import PromptSet, epoch_requests, evaluation_requests
 from nft_ray.roles import Roles, Tracker
 from nft_ray.types import EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
-
-T = TypeVar("T")
 
 
 class Trainer:
@@ -83,22 +80,37 @@ class Trainer:
         """Every group of an epoch, sampled with its pinned policy version and scored as soon as it is there."""
         version = max(0, epoch - self.cfg.run.max_staleness)
         requests = epoch_requests(self.train, self.cfg, epoch=epoch, policy_version=version)
-        pairs = await gather([self.roll_out_and_score(request) for request in requests])
+        pairs = await self.gather(f"epoch {epoch + 1}: roll out and score", requests)
         return [
             ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
             for request, (rollout, rewards) in zip(requests, pairs, strict=True)
         ]
 
-    async def roll_out_and_score(self, request: RolloutRequest) -> tuple[Rollout, Rewards]:
-        rollout = await self.samplers.rollout(request)
-        return rollout, await self.scorers.score(request, rollout)
+    async def gather(self, what: str, requests: Sequence[RolloutRequest]) -> list[tuple[Rollout, Rewards]]:
+        """Roll out and score them all, in order; the first failure cancels the rest: nothing goes on behind it."""
+        done = 0
+
+        async def roll_out_and_score(request: RolloutRequest) -> tuple[Rollout, Rewards]:
+            nonlocal done
+            rollout = await self.samplers.rollout(request)
+            rewards = await self.scorers.score(request, rollout)
+            done += 1
+            self.tracker.log_progress(what, done, len(requests))
+            return rollout, rewards
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(roll_out_and_score(request)) for request in requests]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def evaluate(self, epoch: int) -> EvalResult:
         """The EMA policy (at epoch 0: the base model) on the held-out lines, each once."""
         started = time.perf_counter()
         adapter = "ema" if epoch else "reference"
         requests = evaluation_requests(self.test, self.cfg, epoch=epoch, policy_version=epoch, adapter=adapter)
-        pairs = await gather([self.roll_out_and_score(request) for request in requests])
+        pairs = await self.gather(f"evaluate after {epoch} epochs", requests)
         images: dict[int, np.ndarray] = {}
         for request, (rollout, _) in zip(requests, pairs, strict=True):
             lines = [item.prompt.id for item in request.items]
@@ -119,16 +131,6 @@ class Trainer:
         if epoch % self.cfg.run.checkpoint_every == 0 or epoch == self.cfg.run.num_epochs:
             state = await self.learners.state()
             await asyncio.to_thread(self.folder.save, epoch, state)
-
-
-async def gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest, so that nothing goes on behind an error."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item) for item in work]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

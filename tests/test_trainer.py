@@ -109,6 +109,9 @@ class Diary:
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
         self.evaluations[epoch] = result
 
+    def log_progress(self, what: str, done: int, total: int) -> None:
+        assert 0 < done <= total
+
 
 def config_for(staleness: int = 0, epochs: int = 4, **run: Any) -> ExperimentConfig:
     return fake_config(

@@ -209,8 +209,8 @@ def test_close_fails_those_who_wait(world: World) -> None:
 def test_a_wait_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(pool, "REPORT_S", 0.01)
     with caplog.at_level(logging.INFO), pytest.raises(DeadlineError, match=r"^a place: no answer within 0\.05 s$"):
-        asyncio.run(waiting(asyncio.sleep(60), "a place", 0.05, lambda: "; the cluster has 1 free"))
-    assert caplog.messages[0] == "waiting for a place (0 s); the cluster has 1 free"
+        asyncio.run(waiting(asyncio.sleep(60), "a place", 0.05, lambda: "and the cluster has 1 free"))
+    assert caplog.messages[0] == "waiting for a place (0 s) and the cluster has 1 free"
 
 
 def test_a_pool_that_finishes_nothing_says_so(
@@ -227,7 +227,7 @@ def test_a_pool_that_finishes_nothing_says_so(
 
     with caplog.at_level(logging.INFO):
         asyncio.run(main())
-    assert "waiting for 1 calls of w, 1 of 1 workers serve" in caplog.messages
+    assert "waiting for w: 1 calls outstanding, 1 of 1 workers serve" in caplog.messages
 
 
 def test_the_first_failure_cancels_the_rest() -> None:

@@ -1,0 +1,86 @@
+"""Ray for one run: a local one that ends with it, or one that is joined and left as it was."""
+
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import ray
+
+from actors.placement import check
+from actors.roles import ray_roles
+from deployments.build import delete, deploy
+from nft_ray.checkpoint import in_submitted_job
+from nft_ray.cli.console import Console
+from nft_ray.config import ExperimentConfig
+from nft_ray.roles import Roles
+
+LOOPBACK = "127.0.0.1"
+
+
+def check_before_start(config: ExperimentConfig, address: str | None) -> None:
+    """ValueError for what is known to fail before a process starts: a port in use, more CPUs than the machine has."""
+    if _joins(address):
+        return
+    port = config.cluster.dashboard_port
+    if port is not None and _in_use(port):
+        raise ValueError(f"cluster.dashboard_port = {port}: the port is in use; choose another, or leave it out")
+    check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()})
+
+
+@contextmanager
+def cluster(config: ExperimentConfig, address: str | None, console: Console) -> Iterator[None]:
+    """A connected Ray. One that was started here is shut down in the end, failures and Ctrl-C included."""
+    if _joins(address):
+        console.say("joining the Ray cluster")
+        context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        console.say("starting a local Ray")
+        context = ray.init(
+            num_cpus=config.cluster.num_cpus,
+            include_dashboard=True,
+            dashboard_host=LOOPBACK,
+            dashboard_port=config.cluster.dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        console.say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
+        yield
+    finally:
+        ray.shutdown()
+
+
+@asynccontextmanager
+async def planes(config: ExperimentConfig, console: Console) -> AsyncIterator[Roles]:
+    """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
+    check(config, ray.cluster_resources())
+    console.say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
+    applications = deploy(config)
+    try:
+        console.say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
+        async with ray_roles(config) as roles:
+            yield roles
+    finally:
+        delete(applications)
+
+
+def _joins(address: str | None) -> bool:
+    return bool(address or os.environ.get("RAY_ADDRESS") or in_submitted_job(os.environ))
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return True
+    return False
+
+
+def _gpus() -> dict[str, float]:
+    import torch  # the driver needs it for nothing else
+
+    return {"GPU": float(torch.cuda.device_count())}

@@ -1,0 +1,162 @@
+"""`nft-ray train`: the composition root. Everything is checked, then built, run, and reported on."""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from actors.placement import needs, table
+from nft_ray import report
+from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
+from nft_ray.cli.console import Console
+from nft_ray.config import ExperimentConfig, dump, load
+from nft_ray.evaluation import load_evaluation
+from nft_ray.models.base import check_model
+from nft_ray.models.lora import export_lora
+from nft_ray.prompts import PromptSet, check_prompts, load_prompts
+from nft_ray.roles import Roles
+from nft_ray.tracking import RunTracker, ui_command
+from nft_ray.trainer import Trainer
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C or SIGTERM; the message says what was kept."""
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run an experiment to its end, or what is left of it; returns the exit status."""
+    config = load(args.config, args.set)
+    prompts = (load_prompts(config.prompts.train), load_prompts(config.prompts.test))
+    check_prompts(prompts[0], config)
+    check_model(config.model)
+    if args.dry_run:
+        sys.stdout.write(f"{dump(config)}\n{table(needs(config))}\n")
+        return 0
+    if not args.local:
+        from nft_ray.cli.cluster import check_before_start
+
+        check_before_start(config, args.address)
+    folder = RunFolder(run_root(config, os.environ) / config.run.name, keep=config.run.keep_checkpoints)
+    folder.claim(config, overwrite=args.overwrite)
+    if in_submitted_job(os.environ):
+        sys.stdout.write(f"this run is kept in {folder.path}\n")
+    start = folder.latest()
+    if start is not None and start.epoch >= config.run.num_epochs:
+        sys.stdout.write(
+            f"{(folder.path / 'table.txt').read_text()}\nrun {config.run.name} is finished: {folder.path}\n"
+        )
+        return 0
+    return _run(args, config, folder, prompts, start.epoch if start else 0)
+
+
+def _run(
+    args: argparse.Namespace,
+    config: ExperimentConfig,
+    folder: RunFolder,
+    prompts: tuple[PromptSet, PromptSet],
+    start_epoch: int,
+) -> int:
+    tracker = RunTracker(folder.path, config, start_epoch=start_epoch)
+    console = Console(tracker, config.run.num_epochs, metric=headline(config))
+    console.say(f"run {config.run.name}: {folder.path}")
+    console.say(f"MLflow: {ui_command(config, folder.path.parent)}")
+    if start_epoch:
+        console.say(f"going on after epoch {start_epoch}")
+    started, finished = time.monotonic(), False
+    try:
+        with _ray(args, config, console):
+            asyncio.run(_train(args, config, folder, console, prompts))
+        _report(config, folder, tracker, console, seconds=time.monotonic() - started)
+        finished = True
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        latest = folder.latest()
+        kept = f"epoch {latest.epoch} is kept in {latest.path}" if latest else "before the first checkpoint"
+        raise Interrupted(f"interrupted: {kept}; run the same command to go on") from None
+    finally:
+        tracker.close(failed=not finished)
+    return 0
+
+
+def headline(config: ExperimentConfig) -> str:
+    """The metric that the console shows of an evaluation."""
+    return "geneval/strict" if "geneval" in config.rewards else next(iter(config.trained_weights))
+
+
+@contextmanager
+def _ray(args: argparse.Namespace, config: ExperimentConfig, console: Console) -> Iterator[None]:
+    if args.local:
+        yield
+        return
+    from nft_ray.cli.cluster import cluster
+
+    with cluster(config, args.address, console):
+        yield
+
+
+@asynccontextmanager
+async def _roles(args: argparse.Namespace, config: ExperimentConfig, console: Console) -> AsyncIterator[Roles]:
+    if args.local:
+        from nft_ray.local import local_roles
+
+        yield local_roles(config)
+        return
+    from nft_ray.cli.cluster import planes
+
+    async with planes(config, console) as roles:
+        yield roles
+
+
+async def _train(
+    args: argparse.Namespace,
+    config: ExperimentConfig,
+    folder: RunFolder,
+    console: Console,
+    prompts: tuple[PromptSet, PromptSet],
+) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    async with _roles(args, config, console) as roles:
+        await Trainer(config, roles, folder, console, *prompts).run()
+
+
+def _report(
+    config: ExperimentConfig, folder: RunFolder, tracker: RunTracker, console: Console, *, seconds: float
+) -> None:
+    """Everything that a finished run leaves behind: LoRA, pictures, summary and table."""
+    latest = folder.latest()
+    assert latest is not None
+    base, trained = load_evaluation(folder.path, 0), load_evaluation(folder.path, latest.epoch)
+    export_lora(latest.state.ema, config.model, folder.path / "lora")
+    train_set, test_set = load_prompts(config.prompts.train), load_prompts(config.prompts.test)
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    report.before_after(
+        base.images,
+        trained.images,
+        {line: test_set.lines[line].text for line in base.images},
+        folder.path / "before_after.png",
+    )
+    report.reward_curve(lines, folder.path / "reward_curve.png")
+    summary = report.summary(config, base, trained, seconds=seconds, epochs=latest.epoch)
+    write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    shown = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=shared_tags(train_set, test_set))
+    write_atomically(folder.path / "table.txt", shown + "\n")
+    tracker.log_artifacts(
+        [folder.path / name for name in ("lora", "before_after.png", "reward_curve.png", "summary.json")]
+    )
+    console.say(f"\n{shown}\n")
+    for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", "lora"):
+        console.say(f"{folder.path / name}")
+
+
+def shared_tags(train_set: PromptSet, test_set: PromptSet) -> set[str]:
+    """Tags with a test prompt that is also trained on: their figures are not held out."""
+    trained = {prompt.text for prompt in train_set.lines}
+    return {
+        str(prompt.metadata["tag"]) for prompt in test_set.lines if prompt.text in trained and "tag" in prompt.metadata
+    }

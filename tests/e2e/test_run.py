@@ -1,0 +1,167 @@
+"""Whole runs through the command line: what they leave behind, that they resume, and that Ray changes no bit."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests.examples import QUICKSTART, SMALL
+
+REPO = Path(__file__).parents[2]
+LORA = "lora/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of runs whose MLflow database is made once."""
+    yield tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ray_home() -> Iterator[dict[str, str]]:
+    """Environment of a Ray of our own: its files in a short path, its token nobody else's."""
+    folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # Ray's socket paths have a limit
+    Path(folder, "token").write_text(secrets.token_hex(32))
+    yield {"RAY_AUTH_TOKEN_PATH": f"{folder}/token", "RAY_TMPDIR": folder, "HOME": folder}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(name: str, *settings: str, flags: tuple[str, ...] = ("--local",)) -> list[str]:
+    parts = [sys.executable, "-m", "nft_ray", "train", str(QUICKSTART), *flags]
+    for setting in [*SMALL, f"run.name={name}", "run.checkpoint_every=1", *settings]:
+        parts += ["--set", setting]
+    return parts
+
+
+def environment(runs: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"NFT_RAY_RUNS": str(runs), "OMP_NUM_THREADS": "1"} | (extra or {})
+
+
+def nft_ray(
+    runs: Path, name: str, *settings: str, flags: tuple[str, ...] = ("--local",), extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, *settings, flags=flags),
+        cwd=REPO,
+        env=environment(runs, extra),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def lora(runs: Path, name: str) -> dict[str, bytes]:
+    return {key: value.tobytes() for key, value in load_file(runs / name / LORA).items()}
+
+
+@pytest.fixture(scope="module")
+def local_run(runs: Path) -> subprocess.CompletedProcess[str]:
+    """Three epochs in one process, never interrupted."""
+    done = nft_ray(runs, "local", "run.num_epochs=3")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_run_leaves_everything_behind(local_run: subprocess.CompletedProcess[str], runs: Path) -> None:
+    folder = runs / "local"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["epochs"] == 3
+    assert summary["seed"] == 0
+    assert summary["seconds"] > 0
+    for state in ("base", "trained"):
+        assert 0 <= summary[state]["geneval/strict"] <= 1
+        assert "geneval/strict/counting" in summary[state]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert "eval/geneval/strict" in lines[0]
+    assert {"reward/geneval", "nft/loss", "nft/grad_norm", "time/epoch_s"} <= lines[1].keys()
+    assert lines[3]["eval/geneval/strict"] == summary["trained"]["geneval/strict"]
+    for picture in ("before_after.png", "reward_curve.png"):
+        assert min(Image.open(folder / picture).size) > 100
+    assert sum(line.startswith("epoch ") for line in local_run.stdout.splitlines()) == 3
+    assert f"sqlite:///{runs / 'mlflow.db'}" in local_run.stdout
+
+
+def test_a_finished_run_prints_its_table_and_starts_nothing(
+    local_run: subprocess.CompletedProcess[str], runs: Path
+) -> None:
+    started = time.monotonic()
+    again = nft_ray(runs, "local", "run.num_epochs=3")
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert "geneval/strict" in again.stdout
+    assert "epoch " not in again.stdout.replace("epochs", "")
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_stopped_after_any_epoch_and_resumed_the_lora_is_bit_identical(
+    stop_after: int, local_run: subprocess.CompletedProcess[str], runs: Path
+) -> None:
+    name = f"stopped-{stop_after}"
+    assert nft_ray(runs, name, f"run.num_epochs={stop_after}").returncode == 0
+    done = nft_ray(runs, name, "run.num_epochs=3")
+    assert done.returncode == 0, done.stderr
+    assert f"going on after epoch {stop_after}" in done.stdout
+    assert lora(runs, name) == lora(runs, "local")
+    lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_another_config_under_the_same_name_is_refused(
+    local_run: subprocess.CompletedProcess[str], runs: Path
+) -> None:
+    other = nft_ray(runs, "local", "run.num_epochs=3", "learner.learning_rate=1e-5")
+    assert other.returncode == 1
+    last = other.stderr.splitlines()[-1]
+    for part in ("learner.learning_rate", "--set run.name=", "--overwrite"):
+        assert part in last
+
+
+@pytest.mark.ray
+def test_ray_and_one_process_give_the_bit_identical_lora(
+    local_run: subprocess.CompletedProcess[str], runs: Path, ray_home: dict[str, str]
+) -> None:
+    done = nft_ray(runs, "ray", "run.num_epochs=3", "rewards.geneval.num_replicas=3", flags=(), extra=ray_home)
+    assert done.returncode == 0, done.stderr
+    assert "Ray dashboard: http://127.0.0.1:" in done.stdout
+    assert lora(runs, "ray") == lora(runs, "local")
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_the_ray_that_it_started_and_keeps_the_last_checkpoint(
+    runs: Path, ray_home: dict[str, str]
+) -> None:
+    process = subprocess.Popen(
+        command("interrupted", "run.num_epochs=50", flags=()),
+        cwd=REPO,
+        env=environment(runs, ray_home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = runs / "interrupted" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("epoch-??????/state.json")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: epoch" in errors.splitlines()[-1]
+    left = subprocess.run(["pgrep", "-f", ray_home["RAY_TMPDIR"]], capture_output=True, text=True, check=False)
+    assert not left.stdout.split(), "processes of the Ray that the run started are still there"
