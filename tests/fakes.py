@@ -9,11 +9,10 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nft_ray.config import ExperimentConfig, parse
 from nft_ray.rewards.base import Reward, Scores
 from nft_ray.types import (
     Adapters,
@@ -30,11 +29,16 @@ from nft_ray.types import (
     Weights,
 )
 
+if TYPE_CHECKING:
+    from nft_ray.config import ExperimentConfig  # imports torch, and a reward replica does without
+
 BASE = np.ones(4, dtype=np.float32)
 
 
-def fake_config(**sections: Any) -> ExperimentConfig:
+def fake_config(**sections: Any) -> "ExperimentConfig":
     """An experiment that fits 2 CPUs with 2 samplers, 2 learners and a reward of 3 replicas; sections are merged in."""
+    from nft_ray.config import parse
+
     data: dict[str, Any] = {
         "run": {"name": "fake", "num_epochs": 2},
         "cluster": {"wait_s": 60},
@@ -68,7 +72,7 @@ def fake_probe(weights: Weights) -> np.ndarray:
 class FakeSamplerCore:
     """Images are filled with their seed; clean samples carry the loaded policy's first weight, so versions tell."""
 
-    def __init__(self, config: ExperimentConfig, worker: str = "local") -> None:
+    def __init__(self, config: "ExperimentConfig", worker: str = "local") -> None:
         self.config, self.worker = config, worker
         self.versions: dict[int, AdapterWeights] = {}
 
@@ -121,7 +125,7 @@ class FakeSamplerCore:
 class FakeLearnerCore:
     """The "policy" is four numbers; an update adds the optimality of the kept samples, summed over ranks."""
 
-    def __init__(self, config: ExperimentConfig, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: "ExperimentConfig", rank: int = 0, world_size: int = 1) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         zero = {"lora": np.zeros(4, dtype=np.float32)}
         self.version, self.versions = 0, {0: AdapterWeights(old=zero, ema=zero)}
@@ -225,7 +229,7 @@ def die() -> None:
 class MortalSamplerCore(FakeSamplerCore):
     """Dies in a rollout while `folder/die-sampler` is there, hangs for `folder/hang-sampler`."""
 
-    def __init__(self, folder: Path, config: ExperimentConfig, worker: str) -> None:
+    def __init__(self, folder: Path, config: "ExperimentConfig", worker: str) -> None:
         super().__init__(config, worker)
         self.folder = folder
 
@@ -240,7 +244,7 @@ class MortalSamplerCore(FakeSamplerCore):
 class MortalLearnerCore(FakeLearnerCore):
     """Rank `mortal_rank` dies in an update while `folder/die-learner` is there."""
 
-    def __init__(self, folder: Path, mortal_rank: int, config: ExperimentConfig, rank: int, world_size: int) -> None:
+    def __init__(self, folder: Path, mortal_rank: int, config: "ExperimentConfig", rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
         self.folder, self.mortal = folder, rank == mortal_rank
 

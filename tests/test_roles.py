@@ -248,15 +248,6 @@ def test_a_hanging_sampler_is_replaced(ray: Run, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.ray
-def test_a_request_that_fails_everywhere_says_so(ray: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_of(ray), "_max_attempts", 1)
-    (ray.folder / "die-sampler").touch()
-    with pytest.raises(RuntimeError, match=r"^fake/sampler: rollout of epoch 0, prompt 3 failed on 1 .*ActorDied"):
-        ray(ray.roles.samplers.rollout(fake_request(0, 3)))
-    ray(replaced(ray))
-
-
-@pytest.mark.ray
 def test_a_replica_killed_with_work_in_flight_loses_no_score(ray: Run) -> None:
     (ray.folder / "die-reward").touch()
     requests = [fake_request(0, prompt) for prompt in range(12)]

@@ -23,9 +23,9 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs whose MLflow database is made once."""
-    yield tmp_path_factory.mktemp("runs")
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,7 @@ def test_stopped_after_any_epoch_and_resumed_the_lora_is_bit_identical(
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
 
 
-def test_another_config_under_the_same_name_is_refused(
-    local_run: subprocess.CompletedProcess[str], runs: Path
-) -> None:
+def test_another_config_under_the_same_name_is_refused(local_run: subprocess.CompletedProcess[str], runs: Path) -> None:
     other = nft_ray(runs, "local", "run.num_epochs=3", "learner.learning_rate=1e-5")
     assert other.returncode == 1
     last = other.stderr.splitlines()[-1]
