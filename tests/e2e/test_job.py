@@ -1,4 +1,4 @@
-"""`ray job submit` against a head of our own, with and without a token: how it ends, and that nothing is left behind."""
+"""`ray job submit` against a head of our own, with and without a token: how it ends, and that nothing stays behind."""
 
 import json
 import os
