@@ -82,7 +82,8 @@ def test_micro_batches_do_not_change_the_update() -> None:
     groups, counts = example_groups()
     _, small = update(LearnerCore(example_config(micro_batch_size=3)), groups, counts)
     _, large = update(LearnerCore(example_config(micro_batch_size=64)), groups, counts)
-    assert distance(small.old, large.old) < 1e-5
+    # looser than over ranks: Adam's first steps divide a gradient by itself, also one that is mostly rounding
+    assert distance(small.old, large.old) < 1e-3
 
 
 def test_an_update_moves_every_lora_tensor_and_dropped_samples_do_not_count() -> None:

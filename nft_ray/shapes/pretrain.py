@@ -2,13 +2,16 @@
 
     python -m nft_ray.shapes.pretrain [--output runs/nano_sd3]
 
-Time and machine: TODO
+Time and machine: about 27 minutes on one core of a shared 2-core AMD EPYC (Zen 4), torch 2.13, float32: 6.4 for the VAE (100
+images/s), 3 to draw and encode 60,000 scenes, 17 for the flow (155 images/s while others worked; 250 alone), evaluations
+included. The packaged weights are the EMA of step 1250 of a schedule of 2000, the defaults here, seed 0: strict GenEval
+0.525 on the 480 test lines at 10 steps without guidance, 0.656 with guidance 3.
 
 Only train lines are drawn (see grammar). The flow is trained through the pipeline's own `encode_prompt`, with
 gradients, and through the VAE's shift and scale; its times are logit-normal; some prompts are replaced by the empty
-one, which diffusers takes for the negative prompt. What is saved are EMA weights. The number of steps is chosen so that
-the learning rate has decayed just when the model is half good: reinforcement learning must have something to learn.
-Steps, not seconds, end each stage, so the same seed gives the same weights on the same machine and thread count.
+one, which diffusers takes for the negative prompt. What is saved are EMA weights. Training stops where the model is half
+good, with the learning rate at three quarters: reinforcement learning must have something to learn. Steps, not seconds,
+end each stage, so the same seed gives the same weights on the same machine and thread count.
 """
 
 import argparse
@@ -142,6 +145,7 @@ def train_flow(
     scenes: Scenes,
     *,
     num_steps: int,
+    stop_after: int,
     batch_size: int,
     seed: int,
     evaluate_every: int,
@@ -149,7 +153,8 @@ def train_flow(
 ) -> None:
     """Flow matching of transformer and text encoders, in place: mean((v - (noise - x0))^2) over logit-normal times.
 
-    Every `evaluate_every` steps, and after the last, `snapshot(step)` is called with the EMA weights in the pipeline.
+    The learning rate's schedule is made for `num_steps`; training ends after `stop_after` of them. Every `evaluate_every`
+    steps, and after the last, `snapshot(step)` is called with the EMA weights in the pipeline.
     """
     generator = torch.Generator().manual_seed(mix("flow", seed))
     latents = encode(pipeline.vae, scenes)
@@ -161,9 +166,9 @@ def train_flow(
         torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0): ADAM_LEARNING_RATE,
     }
     ema = Ema(parameters, max_decay=0.999)
-    progress = Progress("flow", num_steps, batch_size, every=50)
+    progress = Progress("flow", stop_after, batch_size, every=50)
     prompts = [*scenes.prompts, ""]
-    for step in range(num_steps):
+    for step in range(stop_after):
         chosen = torch.randint(len(latents), (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT
         prompt_ids = torch.where(dropped, len(prompts) - 1, scenes.prompt_ids[chosen])
@@ -190,7 +195,7 @@ def train_flow(
             optimizer.step()
         ema.update()
         progress.log(step, loss=loss)
-        if (step + 1) % evaluate_every == 0 or step + 1 == num_steps:
+        if (step + 1) % evaluate_every == 0 or step + 1 == stop_after:
             ema.swap()
             snapshot(step + 1)
             ema.swap()
@@ -292,11 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae", type=Path, help="take the VAE of this pipeline instead of training one")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2000, help="length of the flow's learning rate schedule")
+    parser.add_argument("--stop-after", type=int, default=1250, help="end the flow after that many of its steps")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if not 0 < options.stop_after <= options.steps:
+        parser.error(f"--stop-after {options.stop_after}: must lie in 1..{options.steps}, the number of --steps")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
 
@@ -324,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipeline,
         scenes,
         num_steps=options.steps,
+        stop_after=options.stop_after,
         batch_size=options.batch,
         seed=options.seed,
         evaluate_every=options.evaluate_every,

@@ -31,7 +31,14 @@ def trained_a_little(seed: int) -> tuple[StableDiffusion3Pipeline, list[int]]:
     scenes = pretrain.draw_scenes(60, seed)
     pretrain.train_vae(pipeline.vae, scenes, num_steps=2, batch_size=4, seed=seed)
     pretrain.train_flow(
-        pipeline, scenes, num_steps=3, batch_size=4, seed=seed, evaluate_every=2, snapshot=snapshots.append
+        pipeline,
+        scenes,
+        num_steps=4,
+        stop_after=3,
+        batch_size=4,
+        seed=seed,
+        evaluate_every=2,
+        snapshot=snapshots.append,
     )
     return pipeline, snapshots
 

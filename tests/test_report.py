@@ -1,0 +1,189 @@
+"""Pictures, curve, table and summary of a finished run."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from nft_ray import report
+from nft_ray.shapes.grammar import TAGS, all_prompts
+from nft_ray.shapes.world import render, sample_scene
+from nft_ray.types import EvalResult
+from tests.examples import example_config
+
+RED = np.broadcast_to(np.uint8([255, 0, 0]), (32, 32, 3)).copy()
+BLUE = np.broadcast_to(np.uint8([0, 0, 255]), (32, 32, 3)).copy()
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def rows_with(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    return np.flatnonzero((image == color).all(axis=2).any(axis=1))
+
+
+def test_base_stands_above_trained_enlarged_five_times(tmp_path: Path) -> None:
+    report.before_after({3: RED}, {3: BLUE}, {3: "a photo of a circle"}, tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png")
+    red, blue = rows_with(image, (255, 0, 0)), rows_with(image, (0, 0, 255))
+    assert red.max() < blue.min()
+    # 160 rows each, less the hairline frame
+    assert len(red) == len(blue) == 158
+
+
+def test_only_lines_in_both_are_shown(tmp_path: Path) -> None:
+    prompts = {line: f"prompt {line}" for line in range(3)}
+    report.before_after({0: RED, 1: RED}, {1: BLUE, 2: BLUE}, prompts, tmp_path / "one.png")
+    report.before_after({0: RED, 1: RED}, {0: BLUE, 1: BLUE}, prompts, tmp_path / "two.png")
+    assert Image.open(tmp_path / "two.png").width - Image.open(tmp_path / "one.png").width == 160 + report.GAP
+    with pytest.raises(ValueError, match="no line in common"):
+        report.before_after({0: RED}, {1: BLUE}, prompts, tmp_path / "none.png")
+
+
+def test_many_prompts_break_into_even_rows(tmp_path: Path) -> None:
+    images = {line: RED for line in range(10)}
+    report.before_after(images, images, {line: "x" for line in images}, tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png")
+    assert image.shape[1] <= report.WIDTH_PX + report.MARGIN
+    assert len(rows_with(image, (255, 0, 0))) == 2 * 2 * 158
+    assert report.balanced(10, 8) == 5
+
+
+def test_large_images_keep_their_pixels(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (256, 320, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(report.enlarged(noise)), noise)
+    assert report.enlarged(RED).size == (160, 160)
+    report.before_after({0: noise}, {0: noise}, {0: "noise"}, tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png")
+    assert sum((image[y, x : x + 318] == noise[1, 1:319]).all() for y in range(400) for x in range(50, 150)) >= 1
+
+
+def test_verdicts_are_drawn_and_differ(tmp_path: Path) -> None:
+    for name, pair in {"none": None, "worse": {0: (True, False)}, "better": {0: (False, True)}}.items():
+        report.before_after({0: RED}, {0: RED}, {0: "x"}, tmp_path / f"{name}.png", verdicts=pair)
+    assert len(rows_with(pixels(tmp_path / "none.png"), report.PASSED)) == 0
+    better, worse = pixels(tmp_path / "better.png"), pixels(tmp_path / "worse.png")
+    assert rows_with(better, report.FAILED).max() < rows_with(better, report.PASSED).min()
+    assert rows_with(worse, report.PASSED).max() < rows_with(worse, report.FAILED).min()
+
+
+def test_captions_are_wrapped_at_spaces_and_fit() -> None:
+    font = ImageFont.load_default(16)
+    text = "a photo of a purple triangle and a yellow cross"
+    lines = report.wrapped(text, font, 160)
+    assert " ".join(lines) == text
+    assert len(lines) == 3
+    assert max(font.getlength(line) for line in lines) <= 160
+
+
+def test_a_longer_caption_moves_the_images_down(tmp_path: Path) -> None:
+    for name, text in {"short": "x", "long": "a photo of a purple triangle and a yellow cross"}.items():
+        report.before_after({0: RED}, {0: RED}, {0: text}, tmp_path / f"{name}.png")
+    heights = [rows_with(pixels(tmp_path / f"{name}.png"), (255, 0, 0)).min() for name in ("short", "long")]
+    assert heights[1] - heights[0] == 40
+
+
+def test_contact_sheet_holds_every_line_in_order() -> None:
+    sheet = np.asarray(report.contact_sheet({7: BLUE, 2: RED}))
+    assert sheet.shape == (160, 2 * 160 + report.GAP, 3)
+    assert tuple(sheet[80, 80]) == (255, 0, 0)
+    assert tuple(sheet[80, 160 + report.GAP + 80]) == (0, 0, 255)
+
+
+LINES: list[dict[str, Any]] = [
+    {"epoch": 0, "eval/geneval": 0.6, "eval/geneval/strict": 0.5, "eval/geneval/strict/colors": 0.5},
+    {"epoch": 1, "reward/geneval": 0.6, "reward/total": 0.6},
+    {"epoch": 2, "reward/geneval": None, "reward/total": None},
+    {"epoch": 3, "reward/geneval": 0.8, "reward/total": 0.8, "eval/geneval": 0.9, "eval/geneval/strict": 0.85},
+]
+
+
+def test_curve_shows_the_reward_and_its_held_out_counterparts(tmp_path: Path) -> None:
+    assert report.curve_names(LINES) == ("reward/geneval", ["eval/geneval", "eval/geneval/strict"])
+    report.reward_curve(LINES, tmp_path / "curve.png")
+    report.reward_curve(LINES[:3], tmp_path / "shorter.png")
+    image = pixels(tmp_path / "curve.png")
+    assert image.shape == (630, 1200, 3)
+    assert not np.array_equal(image, pixels(tmp_path / "shorter.png"))
+    for color in ((26, 115, 232), (217, 48, 37)):
+        assert (image == color).all(axis=2).sum() > 300
+
+
+def test_curve_of_other_rewards() -> None:
+    one = [{"epoch": 0, "eval/jpeg": 1.0}, {"epoch": 1, "reward/jpeg": 1.0, "reward/total": 2.0}]
+    assert report.curve_names(one) == ("reward/jpeg", ["eval/jpeg"])
+    two = [*one, {"epoch": 2, "eval/clip": 0.3, "reward/clip": 0.3}]
+    assert report.curve_names(two) == ("reward/total", ["eval/clip", "eval/jpeg"])
+    judged_only = [{"epoch": 0, "eval/geneval": 0.5, "eval/jpeg": 1.0}, {"epoch": 1, "reward/total": 2.0}]
+    assert report.curve_names(judged_only) == ("reward/total", ["eval/geneval", "eval/jpeg"])
+
+
+BASE = {
+    "geneval": 0.61,
+    "geneval/colors": 0.7,
+    "geneval/two_object": 0.5,
+    "geneval/strict": 0.5,
+    "geneval/strict/colors": 0.75,
+    "geneval/strict/two_object": 0.25,
+    "jpeg": -1.5,
+    "jpeg/colors": -1.25,
+}
+
+
+def test_table_has_overall_rows_then_the_strict_tags() -> None:
+    trained = {name: value + 0.125 for name, value in BASE.items() if name != "jpeg"}
+    counts = {name: 480 if name in ("geneval", "geneval/strict") else 80 for name in trained}
+    lines = report.table(BASE, trained, counts, shared_tags={"colors"}).splitlines()
+    rows = {line[: line.index("  ")]: line.split()[-4:] for line in lines[2:-1]}
+    assert list(rows) == [
+        "geneval", "geneval/strict", "jpeg",
+        "geneval/strict/colors *", "geneval/strict/two_object", "jpeg/colors *",
+    ]  # fmt: skip
+    assert rows["geneval/strict"] == ["480", "0.500", "0.625", "+0.125"]
+    assert rows["geneval/strict/two_object"] == ["80", "0.250", "0.375", "+0.125"]
+    assert rows["jpeg"] == ["-", "-1.500", "-", "-"]
+    assert lines[-1].startswith("* prompts of this tag also occur in training")
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+def test_table_without_shared_tags_has_no_footnote() -> None:
+    assert "*" not in report.table(BASE, BASE, {})
+    assert "*" not in report.table(BASE, BASE, {}, shared_tags={"counting"})
+
+
+def test_summary_has_the_promised_keys_and_is_json() -> None:
+    base = EvalResult(metrics={"geneval/strict": 0.5}, counts={"geneval/strict": 7}, images={0: RED}, seconds=1.0)
+    trained = EvalResult(metrics={"geneval/strict": 0.8}, counts={"geneval/strict": 8}, images={0: BLUE}, seconds=1.0)
+    config = example_config("run.seed=5")
+    found = json.loads(json.dumps(report.summary(config, base, trained, seconds=12.5, epochs=40)))
+    versions = found.pop("versions")
+    assert found == {
+        "name": "quickstart",
+        "base": {"geneval/strict": 0.5},
+        "trained": {"geneval/strict": 0.8},
+        "counts": {"geneval/strict": 8},
+        "seconds": 12.5,
+        "epochs": 40,
+        "seed": 5,
+    }
+    assert {"torch", "diffusers", "peft", "transformers", "mlflow", "nft_ray", "python"} <= set(versions)
+
+
+def test_pictures_of_the_world_come_out_whole(tmp_path: Path) -> None:
+    metadata = {line: all_prompts(tag)[5] for line, tag in enumerate(TAGS)}
+    base = {line: render(sample_scene(one, Random(0))) for line, one in metadata.items()}
+    trained = {line: render(sample_scene(one, Random(1))) for line, one in metadata.items()}
+    report.before_after(base, trained, {line: one["prompt"] for line, one in metadata.items()}, tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png")
+    big = np.kron(trained[0], np.ones((5, 5, 1), dtype=np.uint8))[2:-2, 2:-2]
+    places = [
+        (y, x)
+        for y, x in np.argwhere((image[: -len(big), : -len(big)] == big[0, 0]).all(axis=2))
+        if np.array_equal(image[y : y + 156, x : x + 156], big)
+    ]
+    assert len(places) == 1
