@@ -196,7 +196,7 @@ def table(
         cells = f"{_number(before):>9}  {_number(after):>9}  {_number(after - before, sign='+'):>9}"
         shown.append(f"{labels[name]:<{width}}  {count:>6}  {cells}")
     if marked:
-        shown.append("* prompts of this tag also occur in training (other lines, other noise): not held out.")
+        shown.append("* prompts of this tag also occur in training: not held out. The overall figures count them.")
     return "\n".join(shown)
 
 

@@ -20,6 +20,7 @@ import shlex
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ NAME_LENGTH = 250
 PICTURES = "evaluation"
 STEP = "nft/optimizer_step"
 
-Job = Callable[["_MlflowRun"], object]
+Job = Callable[["_MlflowRun"], None]
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +63,8 @@ class RunTracker(Tracker):
         self._write()
         self._evaluated: dict[int, dict[str, float]] = {}
         self._mlflow = _Worker(_MlflowRun(folder, config, run_id))
-        self._mlflow.put(lambda run: [run.log_line(line) for line in kept])
+        for line in kept:
+            self._mlflow.put(partial(_MlflowRun.log_line, line=line))
 
     @property
     def run_id(self) -> str | None:
@@ -200,6 +202,7 @@ class _MlflowRun:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # else 60 lines while it creates its tables
+        warnings.filterwarnings("ignore", module="alembic")
         client = MlflowClient(tracking_uri=self.uri)
         run = self._found(client) or self._created(client)
         self.run_id = run.info.run_id

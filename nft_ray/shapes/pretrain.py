@@ -2,16 +2,17 @@
 
     python -m nft_ray.shapes.pretrain [--output runs/nano_sd3]
 
-Time and machine: about 27 minutes on one core of a shared 2-core AMD EPYC (Zen 4), torch 2.13, float32: 6.4 for the VAE (100
-images/s), 3 to draw and encode 60,000 scenes, 17 for the flow (155 images/s while others worked; 250 alone), evaluations
-included. The packaged weights are the EMA of step 1250 of a schedule of 2000, the defaults here, seed 0: strict GenEval
-0.525 on the 480 test lines at 10 steps without guidance, 0.656 with guidance 3.
+Time and machine: about 26 minutes on one core of a 2-core AMD EPYC (Zen 4) that others used too, torch 2.13, float32:
+6.4 for the VAE (100 images/s), 2 to draw and encode 60,000 scenes, 17.5 for the flow with its evaluations (155 images/s
+over all; 250 while the machine was free). The packaged weights are the EMA of step 1250 of a schedule of 2000, as the
+defaults say, made in two runs (the second with --vae). Their strict GenEval on the 480 test lines at 10 steps is 0.525
+without guidance and 0.656 with guidance 3.
 
 Only train lines are drawn (see grammar). The flow is trained through the pipeline's own `encode_prompt`, with
 gradients, and through the VAE's shift and scale; its times are logit-normal; some prompts are replaced by the empty
-one, which diffusers takes for the negative prompt. What is saved are EMA weights. Training stops where the model is half
-good, with the learning rate at three quarters: reinforcement learning must have something to learn. Steps, not seconds,
-end each stage, so the same seed gives the same weights on the same machine and thread count.
+one, which diffusers takes for the negative prompt. What is saved are EMA weights. Training stops where the model is
+half good, its learning rate at three quarters: reinforcement learning must have something to learn. Steps, not
+seconds, end each stage, so the same seed gives the same weights on the same machine and thread count.
 """
 
 import argparse
@@ -153,8 +154,8 @@ def train_flow(
 ) -> None:
     """Flow matching of transformer and text encoders, in place: mean((v - (noise - x0))^2) over logit-normal times.
 
-    The learning rate's schedule is made for `num_steps`; training ends after `stop_after` of them. Every `evaluate_every`
-    steps, and after the last, `snapshot(step)` is called with the EMA weights in the pipeline.
+    The learning rate's schedule is made for `num_steps`; training ends after `stop_after` of them. Every
+    `evaluate_every` steps, and after the last, `snapshot(step)` is called with the EMA weights in the pipeline.
     """
     generator = torch.Generator().manual_seed(mix("flow", seed))
     latents = encode(pipeline.vae, scenes)
@@ -312,11 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     scenes = draw_scenes(NUM_SCENES, options.seed)
     log.info("%d scenes of %d prompts drawn", len(scenes.pixels), len(scenes.prompts))
-    if options.vae:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(options.vae, subfolder="vae").requires_grad_(False))
-    else:
+    trained = options.vae
+    if trained is None:
+        trained = options.output / "vae_only"
         train_vae(pipeline.vae, scenes, num_steps=options.vae_steps, batch_size=options.vae_batch, seed=options.seed)
-        nano.save(pipeline, options.output / "vae_only")
+        nano.save(pipeline, trained)
+    # From its file in either case: weights that lie elsewhere in memory give other last bits, thus another flow.
+    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(trained, subfolder="vae").requires_grad_(False))
 
     lines = test_lines()
 
