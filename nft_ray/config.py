@@ -44,7 +44,7 @@ class RunConfig(Section):
 
 
 class ClusterConfig(Section):
-    num_cpus: Annotated[float, Field(gt=0)] | None = None
+    num_cpus: Positive | None = None
     """CPUs of the local Ray that `nft-ray train` starts when no --address is given; null = those of the machine."""
     dashboard_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Dashboard port of that local Ray; null = 8265 or the next free one. A port in use is an error."""

@@ -20,7 +20,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation import save_evaluation, summarise
 from nft_ray.prompts import PromptSet, epoch_requests, evaluation_requests
 from nft_ray.roles import Roles, Tracker
-from nft_ray.types import EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
+from nft_ray.types import Adapter, EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
 
 
 class Trainer:
@@ -108,7 +108,7 @@ class Trainer:
     async def evaluate(self, epoch: int) -> EvalResult:
         """The EMA policy (at epoch 0: the base model) on the held-out lines, each once."""
         started = time.perf_counter()
-        adapter = "ema" if epoch else "reference"
+        adapter: Adapter = "ema" if epoch else "reference"
         requests = evaluation_requests(self.test, self.cfg, epoch=epoch, policy_version=epoch, adapter=adapter)
         pairs = await self.gather(f"evaluate after {epoch} epochs", requests)
         images: dict[int, np.ndarray] = {}

@@ -1,0 +1,40 @@
+# nft_ray: the commands. `make` lists them.
+PYTHON ?= python3
+# where torch comes from; for CUDA: make setup TORCH="--index-url https://download.pytorch.org/whl/cu130"
+TORCH ?=
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup quickstart test check docker-check clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.complete ## .venv with everything (a few minutes, once)
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv: about 3 minutes"
+	$(PIP) $(TORCH) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system (2 cores, minutes)
+	$(BIN)/nft-ray train configs/quickstart.yaml $(ARGS)
+
+test: setup ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## style, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+docker-check: ## the image's install steps in a clean root, without Docker (needs root and debootstrap)
+	docker/check.sh
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
