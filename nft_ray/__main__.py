@@ -1,8 +1,16 @@
 """`nft-ray`, also `python -m nft_ray`."""
 
+import os
 import sys
 
-from nft_ray.cli.main import main
+
+def main() -> int:
+    """Run the command line. transformers reads its verbosity when it is imported, here and in every Ray worker."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from nft_ray.cli.main import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

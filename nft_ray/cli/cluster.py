@@ -45,6 +45,7 @@ def cluster(config: ExperimentConfig, address: str | None, console: Console) -> 
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         console.say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
         yield

@@ -29,6 +29,7 @@ Objects = Mapping[str, Sequence[tuple[Box, float]]]
 ColorsOf = Callable[[str, list[Box]], list[str]]
 """(class, boxes) -> the colour of each box."""
 Relation = Literal["left of", "right of", "above", "below"]
+Credit = Literal["soft", "strict"]
 
 CONFIDENCE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -182,6 +183,8 @@ class Config(RewardConfig):
 
     detector: Literal["shapes"]
     """What finds the objects: `shapes`, for the world of coloured shapes."""
+    credit: Credit = "soft"
+    """What a reward is: the mean of the partial credits, as published, or `strict`: 1 for exactly what was asked for."""
 
 
 class Detections(Protocol):
@@ -200,22 +203,21 @@ class Detector(Protocol):
 
 
 class GenEval:
-    """The reward: `values` is the soft score; details `strict` and `correct` are 0 or 1."""
+    """The reward: `values` is the soft score, or strict; details are `soft`, and `strict` and `correct`, 0 or 1."""
 
-    def __init__(self, detector: Detector) -> None:
-        self._detector = detector
+    def __init__(self, detector: Detector, credit: Credit = "soft") -> None:
+        self._detector, self._credit = detector, credit
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score. Raises ValueError where metadata is not GenEval's or has no tag."""
         check_batch(images, prompts, metadata)
         results = [self._judge(image, line) for image, line in zip(images, metadata, strict=True)]
-        return Scores(
-            values=np.array([result.score for result in results], dtype=np.float32),
-            details={
-                "strict": np.array([result.strict for result in results], dtype=np.float32),
-                "correct": np.array([result.correct for result in results], dtype=np.float32),
-            },
-        )
+        details = {
+            "soft": np.array([result.score for result in results], dtype=np.float32),
+            "strict": np.array([result.strict for result in results], dtype=np.float32),
+            "correct": np.array([result.correct for result in results], dtype=np.float32),
+        }
+        return Scores(values=details[self._credit], details=details)
 
     def _judge(self, image: np.ndarray, line: Mapping[str, Any]) -> GenEvalResult:
         if "tag" not in line:
@@ -229,4 +231,4 @@ def build(config: Config) -> Reward:
     """Load the detector that the experiment names."""
     from nft_ray.shapes.detector import ShapesDetector
 
-    return GenEval(ShapesDetector())
+    return GenEval(ShapesDetector(), config.credit)

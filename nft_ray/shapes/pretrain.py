@@ -31,7 +31,7 @@ from nft_ray.rewards.geneval import evaluate, select
 from nft_ray.seeding import evaluation_seed, mix, noise
 from nft_ray.shapes import pipeline as nano
 from nft_ray.shapes.detector import ShapesDetector
-from nft_ray.shapes.grammar import TAGS, Metadata, test_lines, train_lines
+from nft_ray.shapes.grammar import TAGS, Metadata, pretraining_lines, test_lines
 from nft_ray.shapes.world import render, sample_scene
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Ema:
 
 def draw_scenes(num_scenes: int, seed: int) -> Scenes:
     """Scenes of train lines only, every line equally often."""
-    lines = train_lines()
+    lines = pretraining_lines()
     prompts = list(dict.fromkeys(line["prompt"] for line in lines))
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
     rng = Random(mix("scenes", seed))

@@ -17,7 +17,8 @@ def test_the_files_are_what_the_code_generates() -> None:
 
 def test_every_tag_has_its_lines() -> None:
     assert Counter(line["tag"] for line in grammar.read_lines(grammar.TEST_PATH)) == dict.fromkeys(TAGS, 80)
-    assert Counter(line["tag"] for line in grammar.read_lines(grammar.TRAIN_PATH)) == dict.fromkeys(TAGS, 480)
+    assert Counter(line["tag"] for line in grammar.read_lines(grammar.TRAIN_PATH)) == grammar.NUM_TRAIN_LINES
+    assert Counter(line["tag"] for line in grammar.pretraining_lines()) == dict.fromkeys(TAGS, 480)
 
 
 @pytest.mark.parametrize("tag", HELD_OUT_TAGS)

@@ -74,7 +74,7 @@ def test_latents_are_standardised(packaged: StableDiffusion3Pipeline) -> None:
 def test_only_train_lines_are_drawn() -> None:
     scenes = pretrain.draw_scenes(2880, 0)
     drawn = {scenes.prompts[number] for number in scenes.prompt_ids.tolist()}
-    assert drawn == {line["prompt"] for line in grammar.train_lines()}
+    assert drawn == {line["prompt"] for line in grammar.pretraining_lines()}
     held_out = {line["prompt"] for line in LINES if line["tag"] not in ("single_object", "colors")}
     assert not drawn & held_out
 
