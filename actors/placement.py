@@ -13,13 +13,13 @@ from nft_ray.config import ExperimentConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One role: so many workers, each with so much. `memory_gib` is None where nobody has said."""
+    """One role: so many workers, each with so much."""
 
     role: str
     num_workers: int
     num_cpus: float
     num_gpus: float
-    memory_gib: float | None
+    memory_gib: float
 
 
 def needs(config: ExperimentConfig) -> tuple[Need, ...]:
@@ -40,7 +40,7 @@ def needs(config: ExperimentConfig) -> tuple[Need, ...]:
             num_workers=reward.num_replicas,
             num_cpus=reward.num_cpus,
             num_gpus=reward.num_gpus,
-            memory_gib=None,
+            memory_gib=reward.memory_gib,
         )
         for name, reward in config.reward_configs.items()
     ]
@@ -51,11 +51,12 @@ def table(rows: Sequence[Need]) -> str:
     """The placement table: totals per role, and the sum at the foot."""
     cells = [("role", "workers", "CPUs", "GPUs", "memory GiB")]
     for row in rows:
-        memory = "-" if row.memory_gib is None else f"{row.num_workers * row.memory_gib:g}"
         cpus, gpus = row.num_workers * row.num_cpus, row.num_workers * row.num_gpus
-        cells.append((row.role, str(row.num_workers), f"{cpus:g}", f"{gpus:g}", memory))
+        cells.append(
+            (row.role, str(row.num_workers), f"{cpus:g}", f"{gpus:g}", f"{row.num_workers * row.memory_gib:g}")
+        )
     cpus, gpus = _total(rows)
-    memory_gib = sum(row.num_workers * row.memory_gib for row in rows if row.memory_gib is not None)
+    memory_gib = sum(row.num_workers * row.memory_gib for row in rows)
     cells.append(("total", str(sum(row.num_workers for row in rows)), f"{cpus:g}", f"{gpus:g}", f"{memory_gib:g}"))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(

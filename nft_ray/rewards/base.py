@@ -62,6 +62,8 @@ class RewardConfig(BaseModel):
     """Logical CPUs of one replica."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of one replica."""
+    memory_gib: float = Field(default=0.3, gt=0)
+    """Expected host memory per replica, shown by --dry-run."""
     batch_size: int = Field(default=1, ge=1)
     """Requests (a request is one group of images) that a replica scores together, at most."""
     batch_wait_s: float = Field(default=0.01, ge=0)

@@ -14,8 +14,8 @@ def test_the_table_adds_up() -> None:
     assert [line.split() for line in lines[1:]] == [
         ["sampler", "2", "0.5", "1", "4"],
         ["learner", "2", "0.5", "0", "2"],
-        ["reward-jpeg_compressibility", "3", "0.75", "0", "-"],
-        ["total", "7", "1.75", "1", "6"],
+        ["reward-jpeg_compressibility", "3", "0.75", "0", "0.9"],
+        ["total", "7", "1.75", "1", "6.9"],
     ]
     assert len({len(line) for line in lines}) == 1
 
