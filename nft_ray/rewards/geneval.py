@@ -184,7 +184,7 @@ class Config(RewardConfig):
     detector: Literal["shapes"]
     """What finds the objects: `shapes`, for the world of coloured shapes."""
     credit: Credit = "soft"
-    """The reward: `soft`, the mean of the partial credits, as published, or `strict`, 1 for exactly what is asked for."""
+    """The reward: `soft`, the mean of partial credits, as published, or `strict`, 1 for exactly what is asked for."""
 
 
 class Detections(Protocol):
