@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -170,7 +171,8 @@ def _tensors(state: LearnerState) -> dict[str, dict[str, Any]]:
     for number, weights in state.versions.items():
         named[f"old-{number:06d}"] = weights.old
         named[f"ema-{number:06d}"] = weights.ema
-    return named
+    # safetensors writes the memory as it lies: a transposed array would come back scrambled
+    return {file: {name: np.asarray(value, order="C") for name, value in of.items()} for file, of in named.items()}
 
 
 def _flush(path: Path) -> None:

@@ -7,19 +7,24 @@ fields is a property. `rewards` and `algorithm.name` name files (nft_ray/rewards
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from yaml import YAMLError
 
-from nft_ray.algorithms.schedules import CustomDecay
+from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
 from nft_ray.flow.solvers import Solver
 from nft_ray.rewards.base import RewardConfig, reward_config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[
+    Annotated[DecayPreset, Tag("<preset>")] | Annotated[CustomDecay, Tag("<custom>")],
+    Discriminator(lambda value: "<preset>" if isinstance(value, str) else "<custom>"),
+]
+"""Told apart before they are checked, so that an error speaks of the one that was meant."""
 
 
 class Section(BaseModel):
@@ -29,8 +34,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    """Folder of the run under `root`, and its name in MLflow."""
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    """Folder of the run under `root` (so never `..`), and its name in MLflow."""
     seed: Annotated[int, Field(ge=0)] = 0
     num_epochs: Positive = 100
     """Epochs of collect + update; may be raised when a run is resumed."""
@@ -139,7 +144,7 @@ class AlgorithmConfig(Section):
     """Advantages are clipped to +- this before they become an optimality; it also scales the loss."""
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     advantage_std: Literal["global", "group"] = "global"
-    old_policy_decay: Literal["on_policy", "linear", "delayed"] | CustomDecay = "linear"
+    old_policy_decay: Decay = "linear"
     """Decay of the old policy by optimizer steps: a preset, or {flat_steps, rate, max}."""
     ema_decay: Fraction = 0.9
     """Largest decay of the EMA policy, which is evaluated and exported."""
@@ -210,7 +215,7 @@ class ExperimentConfig(Section):
     @property
     def reward_configs(self) -> dict[str, RewardConfig]:
         """Reward name -> its checked configuration."""
-        return {name: reward_config(name, section or {}) for name, section in self.rewards.items()}
+        return {name: reward_config(name, {} if section is None else section) for name, section in self.rewards.items()}
 
     @property
     def trained_weights(self) -> dict[str, float]:
@@ -226,8 +231,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The experiment in a YAML file, with `a.b=c` overrides; ValueError with one line for whatever is wrong."""
     try:
         tree: Any = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ValueError(f"config {path}: holds no mapping at the top; start with `run:`")
         for override in overrides:
-            if "=" not in override:
+            if override.find("=") < 1:
                 raise ValueError(f"--set {override}: write key=value, such as --set run.seed=1")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         data: Any = OmegaConf.to_container(tree, resolve=True)
@@ -235,10 +242,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         raise ValueError(f"config {path}: no such file{_nearest_file(Path(path))}") from None
     except IsADirectoryError:
         raise ValueError(f"config {path}: is a folder; name a .yaml file") from None
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"config {path}: holds no mapping at the top; start with `run:`")
     return parse(data)
 
 
@@ -275,7 +280,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _one_line(model: type[BaseModel], detail: Any) -> str:
-    path = [part for part in detail["loc"] if not str(part).startswith(("function-", "literal["))]
+    path = [part for part in detail["loc"] if not str(part).startswith("<")]
     where = ".".join(str(part) for part in path)
     if detail["type"] == "extra_forbidden":
         known = _keys_at(model, path[:-1])
@@ -290,15 +295,16 @@ def _one_line(model: type[BaseModel], detail: Any) -> str:
 
 def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
     for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        hint = get_type_hints(model).get(str(part))
+        nested = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not nested:
             break
-        model = field.annotation
+        model = nested[0]
     return list(model.model_fields)
 
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path()
-    known = [str(file) for file in sorted(folder.glob("*.yaml"))]
+    known = [str(file) for place in (folder, Path("configs")) for file in sorted(place.glob("*.yaml"))]
     close = difflib.get_close_matches(str(path), known, 1)
     return f"; did you mean {close[0]}?" if close else ""

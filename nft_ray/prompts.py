@@ -41,7 +41,7 @@ def load_prompts(spec: str) -> PromptSet:
         hint = f"did you mean {close[0]}?" if close else f"known without a file: {', '.join(PACKAGED)}"
         raise ValueError(f"prompts {spec}: must be a .jsonl or .txt file; {hint}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"prompts {spec}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -102,19 +102,21 @@ def evaluation_requests(
 
 
 def _text_lines(spec: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: a prompt may hold U+2028
         if line.strip():
             yield line.strip(), {}
 
 
 def _json_lines(spec: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             data = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"prompts {spec}, line {number}: is no JSON: {error}") from None
+            raise ValueError(
+                f"prompts {spec}, line {number}: is no JSON: {error.msg} at character {error.colno}"
+            ) from None
         if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
             raise ValueError(f'prompts {spec}, line {number}: needs an object with a text under "prompt"')
         yield data["prompt"], data

@@ -16,7 +16,7 @@ MASK = 0xFFFFFFFF
 
 def mix(*keys: int | str) -> int:
     """A 32-bit seed from any sequence of integers and strings (blake2b over an unambiguous encoding)."""
-    text = "\x1f".join(f"i{key}" if isinstance(key, int) else f"s{key}" for key in keys)
+    text = "\x1f".join(f"s{key}" if isinstance(key, str) else f"i{key:d}" for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MASK
 
 
