@@ -59,6 +59,7 @@ def test_defaults() -> None:
         "num_replicas": 1,
         "num_cpus": 1.0,
         "num_gpus": 0.0,
+        "memory_gib": 0.3,
         "batch_size": 1,
         "batch_wait_s": 0.01,
     }
