@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,10 @@ def head(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     """The environment of a running head of 2 CPUs, whose dashboard is at RAY_API_SERVER_ADDRESS."""
     folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # Ray's socket paths have a limit
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"HOME": folder, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
+    environment |= {"HOME": folder, "OMP_NUM_THREADS": "1"}
     if request.param == "with a token":
         Path(folder, "token").write_text(secrets.token_hex(32))
-        environment["RAY_AUTH_MODE"] = "token"
+        environment |= {"RAY_AUTH_TOKEN_PATH": f"{folder}/token", "RAY_AUTH_MODE": "token"}
     dashboard = free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}/ray", f"--port={free_port()}"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -52,7 +53,7 @@ def head(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     yield environment
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
@@ -79,8 +80,12 @@ def submit(head: dict[str, str], job: str, *settings: str) -> subprocess.Complet
 
 
 def status(head: dict[str, str], job: str) -> str:
-    done = subprocess.run([RAY, "job", "status", job], env=head, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+    """SUCCEEDED, FAILED, ... as the cluster's own REST interface says."""
+    request = urllib.request.Request(f"{head['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}")
+    if "RAY_AUTH_TOKEN_PATH" in head:
+        request.add_header("Authorization", f"Bearer {Path(head['RAY_AUTH_TOKEN_PATH']).read_text()}")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return str(json.load(answer)["status"])
 
 
 def applications(head: dict[str, str]) -> list[str]:
@@ -96,7 +101,7 @@ def applications(head: dict[str, str]) -> list[str]:
 def test_a_job_succeeds_and_its_run_can_be_found(head: dict[str, str]) -> None:
     done = submit(head, "good")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "SUCCEEDED" in status(head, "good")
+    assert status(head, "good") == "SUCCEEDED"
     folder = Path(head["HOME"]) / "nft_ray" / "runs" / "good"
     assert f"this run is kept in {folder}" in done.stdout
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
@@ -109,7 +114,7 @@ def test_a_job_that_fails_says_why_in_its_last_line_and_deletes_what_it_deployed
     prompts.write_text("".join(json.dumps({"prompt": f"a photo of {i} things"}) + "\n" for i in range(8)))
     failed = submit(head, "bad", f"prompts.train={prompts}")
     assert failed.returncode != 0
-    assert "FAILED" in status(head, "bad")
+    assert status(head, "bad") == "FAILED"
     logs = subprocess.run([RAY, "job", "logs", "bad"], env=head, capture_output=True, text=True, check=False).stdout
     lines = [line for line in logs.splitlines() if line.strip()]
     assert lines[-1].startswith("nft-ray: reward geneval: "), lines[-3:]
