@@ -23,6 +23,9 @@ from nft_ray.roles import Roles
 from nft_ray.tracking import RunTracker, ui_command
 from nft_ray.trainer import Trainer
 
+REPORTED = "table.txt"
+"""Written last: where it is, the report is complete."""
+
 
 class Interrupted(Exception):  # noqa: N818
     """Ctrl-C or SIGTERM; the message says what was kept."""
@@ -45,11 +48,9 @@ def train(args: argparse.Namespace) -> int:
     folder.claim(config, overwrite=args.overwrite)
     if in_submitted_job(os.environ):
         sys.stdout.write(f"this run is kept in {folder.path}\n")
-    start = folder.latest()
-    if start is not None and start.epoch >= config.run.num_epochs:
-        sys.stdout.write(
-            f"{(folder.path / 'table.txt').read_text()}\nrun {config.run.name} is finished: {folder.path}\n"
-        )
+    start, reported = folder.latest(), folder.path / REPORTED
+    if start is not None and start.epoch >= config.run.num_epochs and reported.exists():
+        sys.stdout.write(f"{reported.read_text()}\nrun {config.run.name} is finished: {folder.path}\n")
         return 0
     return _run(args, config, folder, prompts, start.epoch if start else 0)
 
@@ -69,8 +70,10 @@ def _run(
         console.say(f"going on after epoch {start_epoch}")
     started, finished = time.monotonic(), False
     try:
-        with _ray(args, config, console):
-            asyncio.run(_train(args, config, folder, console, prompts))
+        (folder.path / REPORTED).unlink(missing_ok=True)
+        if start_epoch < config.run.num_epochs:  # else it ended between its last checkpoint and its report
+            with _ray(args, config, console):
+                asyncio.run(_train(args, config, folder, console, prompts))
         _report(config, folder, tracker, console, seconds=time.monotonic() - started)
         finished = True
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -145,10 +148,10 @@ def _report(
     summary = report.summary(config, base, trained, seconds=seconds, epochs=latest.epoch)
     write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     shown = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=shared_tags(train_set, test_set))
-    write_atomically(folder.path / "table.txt", shown + "\n")
     tracker.log_artifacts(
         [folder.path / name for name in ("lora", "before_after.png", "reward_curve.png", "summary.json")]
     )
+    write_atomically(folder.path / REPORTED, shown + "\n")
     console.say(f"\n{shown}\n")
     for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", "lora"):
         console.say(f"{folder.path / name}")

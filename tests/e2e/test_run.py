@@ -121,6 +121,17 @@ def test_stopped_after_any_epoch_and_resumed_the_lora_is_bit_identical(
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
 
 
+def test_a_run_that_ended_before_its_report_makes_it(local_run: subprocess.CompletedProcess[str], runs: Path) -> None:
+    table, summary = (runs / "local" / name for name in ("table.txt", "summary.json"))
+    before = table.read_text()
+    table.unlink()
+    summary.unlink()
+    again = nft_ray(runs, "local", "run.num_epochs=3")
+    assert again.returncode == 0, again.stderr
+    assert table.read_text() == before
+    assert json.loads(summary.read_text())["epochs"] == 3
+
+
 def test_another_config_under_the_same_name_is_refused(local_run: subprocess.CompletedProcess[str], runs: Path) -> None:
     other = nft_ray(runs, "local", "run.num_epochs=3", "learner.learning_rate=1e-5")
     assert other.returncode == 1
@@ -130,13 +141,20 @@ def test_another_config_under_the_same_name_is_refused(local_run: subprocess.Com
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_ray_and_one_process_give_the_bit_identical_lora(
-    local_run: subprocess.CompletedProcess[str], runs: Path, ray_home: dict[str, str]
+    staleness: int, local_run: subprocess.CompletedProcess[str], runs: Path, ray_home: dict[str, str]
 ) -> None:
-    done = nft_ray(runs, "ray", "run.num_epochs=3", "rewards.geneval.num_replicas=3", flags=(), extra=ray_home)
+    settings = ("run.num_epochs=3", f"run.max_staleness={staleness}")
+    local = "local" if staleness == 0 else "local-overlapped"
+    if staleness:
+        assert nft_ray(runs, local, *settings).returncode == 0
+    on_ray = f"ray-{staleness}"
+    done = nft_ray(runs, on_ray, *settings, "rewards.geneval.num_replicas=3", flags=(), extra=ray_home)
     assert done.returncode == 0, done.stderr
     assert "Ray dashboard: http://127.0.0.1:" in done.stdout
-    assert lora(runs, "ray") == lora(runs, "local")
+    assert lora(runs, on_ray) == lora(runs, local)
+    assert staleness == 0 or lora(runs, local) != lora(runs, "local")
 
 
 @pytest.mark.ray
