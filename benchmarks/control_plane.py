@@ -62,6 +62,12 @@ class Clock:
                 self.seconds[kind] += time.perf_counter() - self._since[kind]
 
     def take(self) -> dict[str, float]:
+        """What each kind took since the last time; what is outstanding counts up to now."""
+        now = time.perf_counter()
+        for kind, count in self._open.items():
+            if count:
+                self.seconds[kind] += now - self._since[kind]
+                self._since[kind] = now
         taken, self.seconds = dict(self.seconds), defaultdict(float)
         return taken
 
@@ -134,9 +140,10 @@ async def measure(config: ExperimentConfig, clock: Clock, folder: Path) -> list[
 
 
 def summarise(epochs: list[dict[str, float]]) -> dict[str, float]:
-    """Median over epochs 3.. of each part; `driver` is what no call was outstanding for."""
+    """Median of each part over the epochs, without the first two, which warm up, and the last."""
     kept = epochs[2:-1] or epochs
-    return {kind: round(statistics.median(epoch.get(kind, 0.0) for epoch in kept), 4) for kind in kept[0]}
+    kinds = sorted({kind for epoch in kept for kind in epoch})
+    return {kind: round(statistics.median(epoch.get(kind, 0.0) for epoch in kept), 4) for kind in kinds}
 
 
 def main() -> None:
