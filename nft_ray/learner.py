@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nft_ray.algorithms.nft import nft_loss_per_pair
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
-from nft_ray.flow.path import interpolate
+from nft_ray.flow.path import interpolate, x0_from_velocity
 from nft_ray.models.base import Conditioning, FlowModel, load_model
 from nft_ray.models.lora import assign, attach, checksum, numpy_weights, random_weights
 from nft_ray.sampler import probe_velocity
@@ -207,7 +207,7 @@ class LearnerCore:
         loss = (policy + algorithm.kl_weight * kl).sum() / num_pairs
         # DistributedDataParallel averages over ranks; the loss is already divided by the pairs of all of them
         (loss * self.world_size).backward()
-        x0_norm = (x_t - t.view(-1, *[1] * (x0.ndim - 1)) * v.detach()).flatten(1).pow(2).mean(1).sqrt()
+        x0_norm = x0_from_velocity(x_t, v.detach(), t).flatten(1).pow(2).mean(1).sqrt()
         return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float().cpu()
 
     def _reduction(self, *, last: bool) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nft_ray.algorithms.batch import make_batch
+from nft_ray.algorithms.batch import check_missing, make_batch
 from nft_ray.checkpoint import RunFolder
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation import save_evaluation, summarise
@@ -118,6 +118,7 @@ class Trainer:
                 rows = zip(lines, await self.samplers.images(rollout), strict=True)
                 images |= {line: image for line, image in rows if line in self.cfg.evaluation.picture_lines}
         rewards = [rewards for _, rewards in pairs]
+        check_missing(rewards, self.cfg, f"evaluation after {epoch} epochs")
         result = summarise(requests, rewards, images, seconds=time.perf_counter() - started)
         save_evaluation(self.folder.path, epoch, result)
         self.tracker.log_evaluation(epoch, result)

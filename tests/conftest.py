@@ -12,6 +12,17 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+GOLDENS = Path(os.environ.get("NFT_RAY_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder with the numbers of the published implementation; it comes with the task, not with the repository."""
+    if not GOLDENS.is_dir():
+        pytest.skip(f"no goldens at {GOLDENS}; set NFT_RAY_GOLDENS")
+    return GOLDENS
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of 2 logical CPUs with its own folder and token, for all tests of a module."""

@@ -14,7 +14,7 @@ from nft_ray.algorithms.advantages import combine_advantages
 from nft_ray.algorithms.nft import optimality
 from nft_ray.config import ExperimentConfig
 from nft_ray.seeding import permutation
-from nft_ray.types import Batch, ScoredGroup, TrainGroup
+from nft_ray.types import Batch, Rewards, ScoredGroup, TrainGroup
 
 DROPPED = -1
 
@@ -30,7 +30,7 @@ def make_batch(groups: Sequence[ScoredGroup], config: ExperimentConfig, *, num_s
         raw, weights, ids, combine=config.scorers.combine, std=config.algorithm.advantage_std
     )
     valid = np.isfinite(advantages)
-    check_missing(1 - valid.mean(), raw, config, epoch)
+    check_missing([group.rewards for group in groups], config, f"epoch {epoch}")
     r = optimality(
         torch.from_numpy(np.where(valid, advantages, 0.0)),
         clip=config.algorithm.advantage_clip,
@@ -51,13 +51,17 @@ def make_batch(groups: Sequence[ScoredGroup], config: ExperimentConfig, *, num_s
     )
 
 
-def check_missing(fraction: float, raw: dict[str, np.ndarray], config: ExperimentConfig, epoch: int) -> None:
-    """RuntimeError naming the rewards behind it, where too many samples are missing."""
+def check_missing(rewards: Sequence[Rewards], config: ExperimentConfig, what: str) -> None:
+    """RuntimeError naming the rewards behind it, where more samples miss a trained reward than the limit allows."""
     limit = config.scorers.max_missing_fraction
+    fraction = np.isnan(np.concatenate([scores.total for scores in rewards])).mean()
     if fraction > limit or fraction == 1:
-        by_name = ", ".join(f"{name} {np.isnan(values).mean():.0%}" for name, values in raw.items())
+        missing = {
+            name: np.concatenate([scores.missing[name] for scores in rewards]) for name in config.trained_weights
+        }
+        by_name = ", ".join(f"{name} {values.mean():.0%}" for name, values in missing.items())
         raise RuntimeError(
-            f"epoch {epoch}: {fraction:.0%} of the samples miss a reward ({by_name}); "
+            f"{what}: {fraction:.0%} of the samples miss a reward ({by_name}); "
             f"scorers.max_missing_fraction allows {limit:.0%}"
         )
 

@@ -19,11 +19,6 @@ def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
     return (1 - t) * x0 + t * noise
 
 
-def velocity_target(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """v = noise - x0, the velocity of the path, at every t. All (B, ...)."""
-    return noise - x0
-
-
 def x0_from_velocity(x_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x0_hat = x_t - t v: where the path ends if v is right. x_t, v (B, ...); t (B,); returns (B, ...).
 
