@@ -24,8 +24,8 @@ setup: .venv/.complete ## .venv with everything (a few minutes, once)
 quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system (2 cores, minutes)
 	$(BIN)/nft-ray train configs/quickstart.yaml $(ARGS)
 
-test: setup ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## all tests, about 12 minutes (plain `pytest` leaves out the slow ones: 4)
+	$(BIN)/python -m pytest -m "slow or not slow" -W ignore $(ARGS)
 
 check: setup ## style, format, types, import rules
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from actors.placement import check, needs, table
+from nft_ray.config import load
+from tests.examples import QUICKSTART
 from tests.fakes import fake_config
 
 
@@ -38,3 +40,10 @@ def test_gpus_that_are_not_there() -> None:
 def test_a_dry_run_needs_no_ray() -> None:
     code = "import sys, actors.placement; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_quickstart_fits_two_cpus_even_with_three_replicas() -> None:
+    config = load(QUICKSTART, ["rewards.geneval.num_replicas=3"])
+    check(config, {"CPU": 2.0})
+    with pytest.raises(ValueError, match=r"needs 1\.9 CPUs .* the cluster has 1:"):
+        check(config, {"CPU": 1.0})

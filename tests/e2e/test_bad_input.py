@@ -120,6 +120,7 @@ def train(runs: Path, epochs: int, limit: Callable[[], None] | None) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(runs: Path) -> None:
     assert train(runs, 1, None).returncode == 0
     failed = train(runs, 2, small_files_only)

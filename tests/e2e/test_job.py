@@ -20,7 +20,7 @@ from tests.examples import SMALL
 
 REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tests.examples import QUICKSTART, SMALL
 
 REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 LORA = "lora/pytorch_lora_weights.safetensors"
 
 
