@@ -203,9 +203,13 @@ class LearnerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """Metric name -> mean over the test lines; `counts` the lines behind each; images by line for the pictures."""
+    """Metric name -> mean over the test lines; `counts` the lines behind each; images by line for the pictures.
+
+    right: of those lines, whether the image is exactly what was asked for, where a reward has a `strict` detail.
+    """
 
     metrics: dict[str, float]
     counts: dict[str, int]
     images: dict[int, np.ndarray]
     seconds: float
+    right: dict[int, bool] = field(default_factory=dict)

@@ -49,4 +49,5 @@ def test_a_saved_evaluation_comes_back(tmp_path: Path) -> None:
     back = load_evaluation(tmp_path, 10)
     assert back.metrics == result.metrics
     assert back.counts == result.counts
+    assert back.right == result.right == {5: True}
     np.testing.assert_array_equal(back.images[5], image)

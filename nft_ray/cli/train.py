@@ -143,6 +143,7 @@ def _report(
         trained.images,
         {line: test_set.lines[line].text for line in base.images},
         folder.path / "before_after.png",
+        verdicts={line: (base.right[line], trained.right[line]) for line in base.right.keys() & trained.right.keys()},
     )
     report.reward_curve(lines, folder.path / "reward_curve.png")
     summary = report.summary(config, base, trained, seconds=seconds, epochs=latest.epoch)
