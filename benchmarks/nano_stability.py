@@ -47,7 +47,7 @@ def run(seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (args.root / name / "metrics.jsonl").read_text().splitlines()]
     print(f"seed {seed}: done", flush=True)
     return [
-        {"epoch": line["epoch"], "strict": line[METRIC], "reward": line.get("reward/geneval", float("nan"))}
+        {"epoch": line["epoch"], "strict": line[METRIC], "reward": line.get("reward/geneval")}
         for line in lines
         if METRIC in line
     ]

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "docker/check.sh: run it as root: it makes a root file system" >&2; exit 1; }
 command -v debootstrap > /dev/null || { apt-get update -qq && apt-get install -qq -y debootstrap > /dev/null; }
 root=$(mktemp -d)
+chmod 755 "$root"
 mounts=()
 cleanup() {
     for mount in "${mounts[@]}"; do umount -l "$mount" || true; done
@@ -20,13 +21,13 @@ share() { # a file or folder of this machine, at the same place in the root, rea
     mounts+=("$root$1")
 }
 
-mirror=$(sed -nE 's/^(URIs: |deb (\[[^]]*\] )?)(https?:[^ ]+).*/\3/p' /etc/apt/sources.list /etc/apt/sources.list.d/* 2> /dev/null | head -1)
+mirror=$(sed -nE 's/^(URIs: |deb (\[[^]]*\] )?)(https?:[^ ]+).*/\3/p' /etc/apt/sources.list /etc/apt/sources.list.d/* 2> /dev/null | head -1 || true)
 debootstrap --variant=minbase bookworm "$root" "${mirror:-http://deb.debian.org/debian}" > "$root.log" 2>&1 || { tail -5 "$root.log"; exit 1; }
 rm -f "$root.log"
-cp -a /etc/apt/. "$root/etc/apt/"
+apt-config dump | grep -E '^Acquire::https?::' > "$root/etc/apt/apt.conf.d/99host" || true
 cp -L /etc/resolv.conf /etc/hosts "$root/etc/" 2> /dev/null || true
-share /etc/ssl/certs
-share /usr/local/share/ca-certificates
+mkdir -p "$root/usr/local/share/ca-certificates" # its own ca-certificates package then trusts what this machine trusts
+cp -L /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/" 2> /dev/null || true
 mount -t proc proc "$root/proc" && mounts+=("$root/proc")
 mount --rbind /dev "$root/dev" && mount --make-rslave "$root/dev" && mounts+=("$root/dev")
 
