@@ -33,7 +33,7 @@ mount --rbind /dev "$root/dev" && mount --make-rslave "$root/dev" && mounts+=("$
 
 # pip as it is configured here: its settings, and the folders of wheels that they name
 python3 -m pip config list 2> /dev/null | sed -nE "s/^[a-z]+\.([a-z-]+)='(.*)'$/\1 = \2/p" | { echo "[global]"; cat; } > "$root/etc/pip.conf"
-for folder in $(grep -oE '(file://)?/[^ ,;"\\]+' "$root/etc/pip.conf" | sed 's|^file://||'); do share "$(realpath -m "$folder")"; done
+for folder in $(grep -oE '(file://)?/[^ ,;"\\]+' "$root/etc/pip.conf" | sed 's|^file://||; s|/simple$||' | grep -v '^/etc/'); do share "$(realpath -m "$folder")"; done
 
 mkdir -p "$root/srv/nft_ray"
 git ls-files -z -- pyproject.toml constraints.txt README.md docker nft_ray actors deployments configs | xargs -0 cp --parents -t "$root/srv/nft_ray"
