@@ -169,6 +169,7 @@ def test_ctrl_c_ends_the_ray_that_it_started_and_keeps_the_last_checkpoint(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     checkpoints = runs / "interrupted" / "checkpoints"
     deadline = time.monotonic() + 200
