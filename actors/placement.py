@@ -37,7 +37,7 @@ def needs(config: ExperimentConfig) -> tuple[Need, ...]:
     rewards = [
         Need(
             role=f"reward-{name}",
-            num_workers=reward.num_replicas,
+            num_workers=reward.autoscaling.max_replicas if reward.autoscaling else reward.num_replicas,
             num_cpus=reward.num_cpus,
             num_gpus=reward.num_gpus,
             memory_gib=reward.memory_gib,

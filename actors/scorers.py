@@ -81,7 +81,7 @@ class ServeScorers:
         return None
 
     async def _call(self, name: str, *arguments: Any) -> Scores:
-        response = self._handles[name].remote(*arguments)
+        response = self._handles[name].score.remote(*arguments)
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 return await response

@@ -1,53 +1,70 @@
-"""Deploys the rewards of an experiment as Serve applications, one each, and deletes them again.
+"""Deploys the rewards of an experiment as Serve applications, one each; attaches to those that others deployed.
 
-Applications are detached: they outlive the job that made them, so who calls `deploy` calls `delete`, failures
-included.
+Applications are detached: they outlive the job that made them, so who deploys deletes, failures included, unless that
+was `nft-ray rewards serve`, whose purpose it is that they stay. `deploy` returns what IT made, and only that.
 
-Failure policy: an application of the same name is someone else's and is refused, never overwritten (attaching comes
-later); one that cannot start takes the others down with it and raises a single line with its cause; `delete` removes
-applications by name and never shuts Serve down, for others may use it.
+Failure policy: an application of the same name is someone else's and never overwritten. Without `scorers.attach` it is
+refused; with it, it is used if it was made from the same configuration, else refused with the keys that differ. One
+that cannot start takes the others of this call down with it and raises a single line with its cause. `delete` removes
+applications by name and never shuts Serve down, for others may use it. Who attaches to an application of a job that
+ends loses it: its rewards are then missing, and the run stops by `scorers.max_missing_fraction`. What is meant to be
+shared is best deployed by `nft-ray rewards serve`.
 """
 
 import logging
+import os
+import socket
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
+from deployments.plane import PREFIX, Dashboard, serve_details
 from deployments.reward_app import Load, application
-from nft_ray.config import ExperimentConfig
-from nft_ray.rewards.base import load_reward
+from nft_ray.config import ExperimentConfig, HttpConfig, differences
+from nft_ray.rewards.base import Autoscaling, RewardConfig, load_reward
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 REPORT_S = 10.0
+PROBE_S = 60.0
+SCALING = {"weight", "eval_only", "num_replicas", "autoscaling", "memory_gib"}
+"""What two jobs that share a reward may say differently: it is not the application's, or changes while it runs."""
 
 
-def deploy(config: ExperimentConfig, load: Load = load_reward) -> list[str]:
-    """Start every reward's replicas, wait until they run, return the applications' names. Blocks; starts no HTTP proxy.
+def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboard_url: str | None = None) -> list[str]:
+    """Start the replicas of every reward that is not attached to; wait until they run; return the names made here.
 
-    `external_scaler_enabled` lets `nft-ray` (or a person) change the number of replicas later, without a restart.
+    Blocks. `dashboard_url` is needed where `scorers.http` is set. Raises ValueError for a name that is taken, another
+    configuration, a port in use or a `py_executable` that does not fit; RuntimeError where a reward does not start.
     """
-    names = [f"reward-{name}" for name in config.rewards]  # the interface to actors/scorers.py
-    for name in names:
-        if name in serve.status().applications:
-            raise ValueError(
-                f"Serve application {name} exists on this cluster already: another run uses it; delete it first"
-            )
-    serve.start(proxy_location="Disabled")
+    deployed = set(serve.status().applications)
+    described = {name: describe(name, reward) for name, reward in config.reward_configs.items()}
+    for name in described:
+        if f"{PREFIX}{name}" in deployed:
+            _attach(name, described[name], config)
+    wanted = {name: reward for name, reward in config.reward_configs.items() if f"{PREFIX}{name}" not in deployed}
+    for name, reward in wanted.items():
+        check_py_executable(name, reward)
+    _start_serve(config.scorers.http, dashboard_url)
+    http = config.scorers.http
+    token = http.token.get_secret_value() if http and http.token else None
     targets = [
-        RunTarget(
-            target=application(name, config.rewards[name] or {}, reward, load),
-            name=f"reward-{name}",
-            route_prefix=None,
-            external_scaler_enabled=True,
-        )
-        for name, reward in config.reward_configs.items()
+        _target(name, config.rewards[name] or {}, reward, load, token=token, routed=http is not None)
+        for name, reward in wanted.items()
     ]
+    names = [target.name for target in targets]
+    if not targets:
+        return []
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running(names, config.cluster.wait_s)
@@ -57,12 +74,143 @@ def deploy(config: ExperimentConfig, load: Load = load_reward) -> list[str]:
     return names
 
 
+def describe(name: str, config: RewardConfig) -> dict[str, Any]:
+    """What a replica says of itself, and what is compared before it is shared: its configuration and our version."""
+    section = {key: value for key, value in config.model_dump(mode="json").items() if key not in SCALING}
+    return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
+
+
 def delete(names: Sequence[str]) -> None:
     """Delete these applications and wait until they are gone; one that does not exist is no error."""
     for name in names:
         serve.delete(name, _blocking=False)
     for name in names:
         serve.delete(name)
+
+
+def rebound(name: str, bounds: Autoscaling, load: Load = load_reward, *, routed: bool, wait_s: float) -> None:
+    """Deploy a running reward again, as it is but with these autoscaling bounds. Serve replaces every replica.
+
+    The bounds are part of what `serve.run` deploys, and that gives a deployment a new version: there is no way to
+    change them alone. Requests in work on a replaced replica are finished, or retried by who sent them.
+    """
+    section, config, token = _ask(name, "bound", wait_s)
+    rescaled = config.model_copy(update={"autoscaling": bounds})
+    serve.run_many(
+        [_target(name, section, rescaled, load, token=token, routed=routed)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    _wait_until_running([f"{PREFIX}{name}"], wait_s)
+
+
+def check_py_executable(name: str, config: RewardConfig) -> None:
+    """ValueError where `py_executable` is not a Python with this Ray and nft_ray: Serve would wait for ever, silently.
+
+    Looked at on this machine; where the file is not here, on a worker of the cluster.
+    """
+    if config.py_executable is None:
+        return
+    if os.path.exists(config.py_executable):
+        problem = _probe(config.py_executable)
+    else:
+        try:
+            problem = ray.get(ray.remote(num_cpus=0)(_probe).remote(config.py_executable), timeout=2 * PROBE_S)
+        except RayError as error:
+            problem = f"could not be looked at: {type(error).__name__}"
+    if problem:
+        raise ValueError(f"rewards.{name}.py_executable = {config.py_executable!r}: {problem}")
+
+
+def _probe(executable: str) -> str | None:
+    """What is wrong with a Python, or None."""
+    code = "import ray, nft_ray; print(ray.__version__)"
+    try:
+        done = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"cannot be run: {error}"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"cannot import ray and nft_ray ({last}); install both into that environment"
+    if (found := done.stdout.split()[-1]) != ray.__version__:
+        return f"has ray {found}, this cluster {ray.__version__}; install ray=={ray.__version__} there"
+    return None
+
+
+def _target(
+    name: str, section: Mapping[str, Any], config: RewardConfig, load: Load, *, token: str | None, routed: bool
+) -> RunTarget:
+    return RunTarget(
+        target=application(name, section, config, load, describe(name, config), token),
+        name=f"{PREFIX}{name}",
+        route_prefix=f"/{name}" if routed else None,
+        external_scaler_enabled=config.autoscaling is None,  # the scale endpoint excludes Serve's own autoscaling
+    )
+
+
+def _ask(name: str, method: str, wait_s: float) -> Any:
+    """Call a method without arguments of a deployed reward."""
+    try:
+        handle = serve.get_app_handle(f"{PREFIX}{name}")
+        return getattr(handle, method).remote().result(timeout_s=wait_s)
+    except (TimeoutError, RayError, RayServeException) as error:
+        raise RuntimeError(
+            f"Serve application {PREFIX}{name} does not say what it is within {wait_s:g} s: {type(error).__name__}"
+        ) from None
+
+
+def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
+    if not config.scorers.attach:
+        raise ValueError(
+            f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
+            f"delete it with `nft-ray rewards delete {name}`"
+        )
+    found = dict(_ask(name, "describe", config.cluster.wait_s))
+    if keys := differences(found, wanted):
+        changes = ", ".join(f"{key} is {_at(found, key)!r} there, {_at(wanted, key)!r} here" for key in keys[:3])
+        raise ValueError(f"Serve application {PREFIX}{name} was deployed with another configuration: {changes}")
+    logger.info("using %s%s, which is deployed already", PREFIX, name)
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tree
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _start_serve(http: HttpConfig | None, dashboard_url: str | None) -> None:
+    """Start Serve, or check that the one that runs listens where it should. Its HTTP options cannot change."""
+    if http is None:
+        serve.start(proxy_location="Disabled")
+        return
+    if dashboard_url is None:
+        raise ValueError("scorers.http: this cluster has no Ray dashboard, which tells where Serve listens")
+    running = serve_details(Dashboard(dashboard_url))
+    if running.get("controller_info", {}).get("actor_id"):
+        options, location = running.get("http_options") or {}, running.get("proxy_location")
+        if location in (None, "Disabled") or (options.get("host"), options.get("port")) != (http.host, http.port):
+            where = "without HTTP" if location in (None, "Disabled") else f"on {options['host']}:{options['port']}"
+            raise ValueError(
+                f"scorers.http = {http.host}:{http.port}: Serve runs on this cluster already {where}, and one cluster "
+                "has one HTTP proxy; use that, or restart the cluster"
+            )
+        return
+    check_port(http)
+    serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
+
+
+def check_port(http: HttpConfig) -> None:
+    """ValueError where the port is in use on this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            raise ValueError(
+                f"scorers.http.port = {http.port}: cannot listen on {http.host}:{http.port} ({error.strerror}); "
+                "choose another port"
+            ) from None
 
 
 def _wait_until_running(names: Sequence[str], wait_s: float) -> None:

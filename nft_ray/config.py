@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag, ValidationError, model_validator
 from yaml import YAMLError
 
 from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
@@ -150,7 +150,30 @@ class AlgorithmConfig(Section):
     """Largest decay of the EMA policy, which is evaluated and exported."""
 
 
+class HttpConfig(Section):
+    """Where rewards answer over HTTP. The proxy belongs to the whole cluster: its first user decides."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on, on the head node; anything but loopback needs a token."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    token: SecretStr | None = None
+    """Required of every request as `Authorization: Bearer TOKEN`; write ${oc.env:NAME}, not the token itself."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "HttpConfig":
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.token is None:
+            raise ValueError(
+                f"host {self.host} is open to others and there is no token; use 127.0.0.1, "
+                "or set token: ${oc.env:NAME}"
+            )
+        return self
+
+
 class ScorersConfig(Section):
+    attach: bool = False
+    """Use a reward that is deployed already, if its configuration is the same; deploy those that are not."""
+    http: HttpConfig | None = None
+    """Serve the rewards over HTTP too; null = not while training (`nft-ray rewards serve`: on loopback)."""
     max_missing_fraction: Fraction = 0.1
     """More missing samples than this in one epoch stop the run."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0

@@ -13,6 +13,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
 from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
+from nft_ray.rewards.unique import Unique
 from nft_ray.roles import Roles
 from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, UpdateResult
@@ -44,7 +45,7 @@ class LocalScorers:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self._rewards: dict[str, Reward] = {
-            name: load_reward(name, section or {}) for name, section in config.rewards.items()
+            name: Unique(load_reward(name, section or {})) for name, section in config.rewards.items()
         }
         self._weights = config.trained_weights
 

@@ -3,9 +3,12 @@
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,27 @@ def goldens() -> Path:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of 2 logical CPUs with its own folder and token, for all tests of a module."""
+    with _ray(include_dashboard=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def dashboard_ray() -> Iterator[str]:
+    """The same with a dashboard, on a port that is free; gives its host:port."""
+    with _ray(include_dashboard=True, dashboard_port=free_port()) as url:
+        assert url
+        yield url
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _ray(**options: Any) -> Iterator[str | None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # short: Ray's socket paths have a limit
@@ -34,15 +58,11 @@ def local_ray() -> Iterator[None]:
         patch.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # workers import the fakes
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            _temp_dir=folder,
+        context = ray.init(
+            num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False, _temp_dir=folder, **options
         )
         try:
-            yield
+            yield context.dashboard_url
         finally:
             ray.shutdown()
             os.environ.pop("RAY_AUTH_MODE", None)  # ray.init sets it, and it would outlive the token

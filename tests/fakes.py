@@ -290,3 +290,33 @@ class MortalRewards:
 
 def failing_load_reward(name: str, section: Mapping[str, Any]) -> Reward:
     raise ValueError(f"reward {name}: no weights at /nowhere")
+
+
+class NamedReward(FakeReward):
+    """Beside the fake scores it tells which process gave them, takes `slow` seconds per call, refuses the prompt "bad".
+
+    Its details: `process`, an id that float32 can hold, and `calls`, how often it has been asked.
+    """
+
+    def __init__(self, slow: float) -> None:
+        self.slow, self.calls = slow, 0
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        if "bad" in prompts:
+            raise ValueError("the prompt is bad")
+        self.calls += 1
+        time.sleep(self.slow)
+        scores = super().score(images, prompts, metadata)
+        details = {"process": np.full(len(images), os.getpid() % 2**20, np.float32)}
+        details["calls"] = np.full(len(images), self.calls, np.float32)
+        return Scores(values=scores.values, details=scores.details | details)
+
+
+class NamedRewards:
+    """A loader for `deployments.build.deploy`."""
+
+    def __init__(self, slow: float = 0.0) -> None:
+        self.slow = slow
+
+    def __call__(self, name: str, section: Mapping[str, Any]) -> Reward:
+        return NamedReward(self.slow)

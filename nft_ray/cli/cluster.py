@@ -3,40 +3,47 @@
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import ray
 
 from actors.placement import check
 from actors.roles import ray_roles
-from deployments.build import delete, deploy
+from deployments.build import check_port, delete, deploy
 from nft_ray.checkpoint import in_submitted_job
-from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig
+from nft_ray.rewards.base import TorchRewardConfig, reward_files
+from nft_ray.rewards.weights import require, weights_root
 from nft_ray.roles import Roles
 
 LOOPBACK = "127.0.0.1"
+Say = Callable[[str], None]
 
 
 def check_before_start(config: ExperimentConfig, address: str | None) -> None:
-    """ValueError for what is known to fail before a process starts: a port in use, more CPUs than the machine has."""
-    if _joins(address):
+    """ValueError for what is known to fail before a process starts: a port in use, weights not there, too few CPUs."""
+    if joins(address):
         return
     port = config.cluster.dashboard_port
     if port is not None and _in_use(port):
         raise ValueError(f"cluster.dashboard_port = {port}: the port is in use; choose another, or leave it out")
+    if config.scorers.http is not None:
+        check_port(config.scorers.http)
+    for name, reward in config.reward_configs.items():
+        if isinstance(reward, TorchRewardConfig):
+            require(name, reward_files(name, reward), weights_root(reward.weights))
     check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()})
 
 
 @contextmanager
-def cluster(config: ExperimentConfig, address: str | None, console: Console) -> Iterator[None]:
-    """A connected Ray. One that was started here is shut down in the end, failures and Ctrl-C included."""
-    if _joins(address):
-        console.say("joining the Ray cluster")
+def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator[str | None]:
+    """A connected Ray; gives its dashboard's host:port. One started here is shut down in the end, whatever happens."""
+    if joins(address):
+        say("joining the Ray cluster")
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     else:
-        console.say("starting a local Ray")
+        say("starting a local Ray")
         context = ray.init(
             num_cpus=config.cluster.num_cpus,
             include_dashboard=True,
@@ -47,27 +54,44 @@ def cluster(config: ExperimentConfig, address: str | None, console: Console) -> 
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        console.say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
-        yield
+        say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
+        yield context.dashboard_url or None
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[str | None]:
+    """A Ray that runs already, for a command that looks at it; gives its dashboard's host:port."""
+    try:
+        context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError:
+        raise RuntimeError(
+            f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        yield context.dashboard_url or None
     finally:
         ray.shutdown()
 
 
 @asynccontextmanager
-async def planes(config: ExperimentConfig, console: Console) -> AsyncIterator[Roles]:
+async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[Roles]:
     """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
     check(config, ray.cluster_resources())
-    console.say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-    applications = deploy(config)
+    say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
+    applications = deploy(config, dashboard_url=dashboard_url)
     try:
-        console.say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
+        say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
         async with ray_roles(config) as roles:
             yield roles
     finally:
         delete(applications)
 
 
-def _joins(address: str | None) -> bool:
+def joins(address: str | None) -> bool:
+    """Is a cluster that runs already meant: by --address, RAY_ADDRESS, or because this is a submitted job?"""
     return bool(address or os.environ.get("RAY_ADDRESS") or in_submitted_job(os.environ))
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from nft_ray.cli.rewards import add_parser, rewards
 from nft_ray.cli.train import Interrupted, train
 
 FAILURES = (ValueError, RuntimeError, OSError)
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        return train(args)
+        return train(args) if args.command == "train" else rewards(args)
     except Interrupted as error:
         return _fail(str(error), 130)
     except FAILURES as error:
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the resolved YAML and the placement; start nothing"
     )
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    add_parser(commands)
     return root
 
 

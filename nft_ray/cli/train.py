@@ -19,6 +19,7 @@ from nft_ray.evaluation import load_evaluation
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts import PromptSet, check_prompts, load_prompts
+from nft_ray.rewards.base import check_lines
 from nft_ray.roles import Roles
 from nft_ray.tracking import RunTracker, ui_command
 from nft_ray.trainer import Trainer
@@ -36,6 +37,8 @@ def train(args: argparse.Namespace) -> int:
     config = load(args.config, args.set)
     prompts = (load_prompts(config.prompts.train), load_prompts(config.prompts.test))
     check_prompts(prompts[0], config)
+    for name in config.rewards:
+        check_lines(name, ((line.text, line.metadata) for part in prompts for line in part.lines))
     check_model(config.model)
     if args.dry_run:
         sys.stdout.write(f"{dump(config)}\n{table(needs(config))}\n")
@@ -72,8 +75,8 @@ def _run(
     try:
         (folder.path / REPORTED).unlink(missing_ok=True)
         if start_epoch < config.run.num_epochs:  # else it ended between its last checkpoint and its report
-            with _ray(args, config, console):
-                asyncio.run(_train(args, config, folder, console, prompts))
+            with _ray(args, config, console) as dashboard_url:
+                asyncio.run(_train(args, config, folder, console, prompts, dashboard_url))
         _report(config, folder, tracker, console, seconds=time.monotonic() - started)
         finished = True
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -91,18 +94,20 @@ def headline(config: ExperimentConfig) -> str:
 
 
 @contextmanager
-def _ray(args: argparse.Namespace, config: ExperimentConfig, console: Console) -> Iterator[None]:
+def _ray(args: argparse.Namespace, config: ExperimentConfig, console: Console) -> Iterator[str | None]:
     if args.local:
-        yield
+        yield None
         return
     from nft_ray.cli.cluster import cluster
 
-    with cluster(config, args.address, console):
-        yield
+    with cluster(config, args.address, console.say) as dashboard_url:
+        yield dashboard_url
 
 
 @asynccontextmanager
-async def _roles(args: argparse.Namespace, config: ExperimentConfig, console: Console) -> AsyncIterator[Roles]:
+async def _roles(
+    args: argparse.Namespace, config: ExperimentConfig, console: Console, dashboard_url: str | None
+) -> AsyncIterator[Roles]:
     if args.local:
         from nft_ray.local import local_roles
 
@@ -110,7 +115,7 @@ async def _roles(args: argparse.Namespace, config: ExperimentConfig, console: Co
         return
     from nft_ray.cli.cluster import planes
 
-    async with planes(config, console) as roles:
+    async with planes(config, console.say, dashboard_url) as roles:
         yield roles
 
 
@@ -120,11 +125,12 @@ async def _train(
     folder: RunFolder,
     console: Console,
     prompts: tuple[PromptSet, PromptSet],
+    dashboard_url: str | None,
 ) -> None:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    async with _roles(args, config, console) as roles:
+    async with _roles(args, config, console, dashboard_url) as roles:
         await Trainer(config, roles, folder, console, *prompts).run()
 
 

@@ -5,6 +5,12 @@ A reward is ONE module of this package, `nft_ray/rewards/NAME.py`, that defines
     class Config(RewardConfig)             its section `rewards.NAME` of the YAML
     def build(config: Config) -> Reward    loads what it needs and returns a scorer
 
+and, where they apply,
+
+    def files(config: Config) -> tuple[WeightFile, ...]        the published files that it loads
+    def check_line(prompt: str, metadata: Mapping) -> None     ValueError where it cannot score such a prompt: asked
+                                                               of every line of the experiment before anything starts
+
 Nothing registers anywhere: the file's name is the registry. A module is imported when it is named for the first time,
 and imports the libraries of its model inside `build`. This file knows neither Ray nor where a reward runs.
 """
@@ -12,17 +18,18 @@ and imports the libraries of its model inside `build`. This file knows neither R
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import nft_ray.rewards
+from nft_ray.rewards.weights import WeightFile
 
-_NOT_REWARDS = {"base", "combine"}
+_NOT_REWARDS = {"base", "combine", "preprocessing", "unique", "weights"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,23 @@ class Reward(Protocol):
         ...
 
 
+class Autoscaling(BaseModel):
+    """Serve adds and removes replicas between two numbers, so that each has about so many requests to work on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    """Requests in work or waiting per replica that are aimed at."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Autoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
 class RewardConfig(BaseModel):
     """What every section `rewards.NAME` may say. A reward's own Config inherits this and adds its fields."""
 
@@ -57,7 +81,9 @@ class RewardConfig(BaseModel):
     eval_only: bool = False
     """Only measured: it has no part in training, and where it is missing no sample is dropped."""
     num_replicas: int = Field(default=1, ge=1)
-    """Processes that score at the same time."""
+    """Processes that score at the same time; `nft-ray rewards scale` changes their number while a run goes on."""
+    autoscaling: Autoscaling | None = None
+    """Let Serve choose the number of replicas instead."""
     num_cpus: float = Field(default=1.0, ge=0)
     """Logical CPUs of one replica."""
     num_gpus: float = Field(default=0.0, ge=0)
@@ -68,6 +94,23 @@ class RewardConfig(BaseModel):
     """Requests (a request is one group of images) that a replica scores together, at most."""
     batch_wait_s: float = Field(default=0.01, ge=0)
     """Seconds that a request waits for others to fill a batch."""
+    runtime_env: dict[str, Any] | None = None
+    """Ray runtime environment of the replicas, such as {pip: [paddleocr]}."""
+    py_executable: str | None = None
+    """Python of another environment for the replicas. It must hold nft_ray, and the same Ray as here."""
+
+
+class TorchRewardConfig(RewardConfig):
+    """What the section of a reward with a torch model says besides."""
+
+    device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
+    """`cpu` or `cuda`; null = cuda where the replica has been given a GPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights and of the forward."""
+    micro_batch_size: int = Field(default=64, ge=1)
+    """Images of one forward."""
+    weights: str | None = None
+    """Folder of the published files; null = NFT_RAY_WEIGHTS, or ~/.cache/nft_ray/weights."""
 
 
 def reward_names() -> list[str]:
@@ -93,6 +136,23 @@ def load_reward(name: str, section: Mapping[str, Any]) -> Reward:
     config = reward_config(name, section)
     reward: Reward = _module(name).build(config)
     return reward
+
+
+def reward_files(name: str, config: RewardConfig) -> tuple[WeightFile, ...]:
+    """The published files that this reward loads; none for one that needs no weights."""
+    module = _module(name)
+    found: tuple[WeightFile, ...] = module.files(config) if hasattr(module, "files") else ()
+    return found
+
+
+def check_lines(name: str, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """ValueError for the first (prompt, metadata) that this reward cannot score, naming the reward and the prompt."""
+    module = _module(name)
+    for prompt, metadata in lines if hasattr(module, "check_line") else ():
+        try:
+            module.check_line(prompt, metadata)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}: prompt {prompt!r}: {error}") from None
 
 
 def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:

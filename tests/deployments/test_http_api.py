@@ -1,0 +1,97 @@
+"""What is refused over HTTP, with which status and words, and that an answer keeps the order of its request."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deployments.http_api import MAX_BODY_BYTES, MAX_IMAGES, HttpError, answer, check_head, parse
+from nft_ray.rewards.base import Scores
+
+
+def encoded(height: int, width: int, value: int = 0, image_format: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (value, value, value)).save(buffer, format=image_format)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"images": [encoded(4, 6)], "prompts": ["p"]} | fields).encode()
+
+
+def test_images_are_sorted_by_size_with_their_prompts() -> None:
+    pictures = [encoded(4, 6, 1), encoded(8, 8, 2), encoded(4, 6, 3)]
+    metadata = [{"n": 0}, {"n": 1}, {"n": 2}]
+    parts = parse(body(images=pictures, prompts=["a", "b", "c"], metadata=metadata))
+    assert [(rows, images.shape, prompts) for rows, images, prompts, _ in parts] == [
+        ([0, 2], (2, 4, 6, 3), ["a", "c"]),
+        ([1], (1, 8, 8, 3), ["b"]),
+    ]
+    assert parts[0][1][:, 0, 0, 0].tolist() == [1, 3]
+    assert [line["n"] for line in parts[0][3]] == [0, 2]
+
+
+def test_metadata_may_be_left_out() -> None:
+    assert parse(body())[0][3] == [{}]
+
+
+def test_an_answer_is_in_the_order_of_the_request_and_missing_is_null() -> None:
+    first = Scores(values=np.array([1, np.nan], np.float32), details={"x": np.array([5, 6], np.float32)})
+    second = Scores(values=np.array([3], np.float32))
+    found = answer("ocr", 3, [([0, 2], first), ([1], second)])
+    assert found == {"reward": "ocr", "scores": [1.0, 3.0, None], "details": {"x": [5.0, None, 6.0]}}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (b"{", 400, "the body is no JSON"),
+        (b"\xff", 400, "the body is no JSON"),
+        (b"[]", 400, "body"),
+        (body(images=[]), 400, r"body\.images = \[\]"),
+        (body(images=[encoded(4, 6)] * (MAX_IMAGES + 1)), 400, r"body\.images"),
+        (body(image="x"), 400, r"body\.image: unknown key; did you mean 'images'\?"),
+        (body(prompts=["p", "q"]), 400, "1 images need as many prompts and metadata, not 2 and 1"),
+        (body(metadata=[]), 400, "1 images need as many prompts and metadata, not 1 and 0"),
+        (body(images=["not base64!"]), 400, r"images\.0 is not base64"),
+        (body(images=[base64.b64encode(b"no image").decode()]), 400, r"images\.0 is no whole PNG, JPEG, WEBP image"),
+        (body(images=[encoded(64, 64, 9)[:80]]), 400, r"images\.0 is no whole"),
+        (body(images=[encoded(4, 6, image_format="GIF")]), 400, r"images\.0 is no whole"),
+        (body(images=[encoded(4097, 4096)]), 413, r"images\.0 has 4096 x 4097 pixels; at most 16777216"),
+    ],
+)
+def test_a_bad_body_is_refused_with_its_reason(data: bytes, status: int, reason: str) -> None:
+    with pytest.raises(HttpError, match=f"^{reason}") as refused:
+        parse(data)
+    assert refused.value.status == status
+    assert "\n" not in refused.value.reason
+    assert len(refused.value.reason) < 600
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "token", "status"),
+    [
+        ("GET", {}, None, 405),
+        ("POST", {"content-length": str(MAX_BODY_BYTES + 1)}, None, 413),
+        ("POST", {}, "secret", 401),
+        ("POST", {"authorization": "Bearer wrong"}, "secret", 401),
+        ("POST", {"authorization": "secret"}, "secret", 401),
+    ],
+)
+def test_a_bad_head_is_refused_before_the_body_is_read(
+    method: str, headers: dict[str, str], token: str | None, status: int
+) -> None:
+    with pytest.raises(HttpError) as refused:
+        check_head(method, headers, token)
+    assert refused.value.status == status
+    assert "secret" not in refused.value.reason
+
+
+def test_a_good_head_passes() -> None:
+    check_head("POST", {"authorization": "Bearer secret", "content-length": "100"}, "secret")
+    check_head("POST", {}, None)
