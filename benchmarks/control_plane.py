@@ -31,7 +31,8 @@ os.environ["PYTHONPATH"] = str(REPO)  # the workers import the fakes, too
 import ray
 
 from actors.roles import ray_roles
-from deployments.build import delete, deploy
+from deployments.build import deploy
+from deployments.plane import delete
 from nft_ray.checkpoint import RunFolder
 from nft_ray.config import ExperimentConfig
 from nft_ray.prompts import PromptSet

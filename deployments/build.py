@@ -5,10 +5,9 @@ was `nft-ray rewards serve`, whose purpose it is that they stay. `deploy` return
 
 Failure policy: an application of the same name is someone else's and never overwritten. Without `scorers.attach` it is
 refused; with it, it is used if it was made from the same configuration, else refused with the keys that differ. One
-that cannot start takes the others of this call down with it and raises a single line with its cause. `delete` removes
-applications by name and never shuts Serve down, for others may use it. Who attaches to an application of a job that
-ends loses it: its rewards are then missing, and the run stops by `scorers.max_missing_fraction`. What is meant to be
-shared is best deployed by `nft-ray rewards serve`.
+that cannot start takes the others of this call down with it and raises a single line with its cause. Who attaches to an
+application of a job that ends loses it: its rewards are then missing, and the run stops by
+`scorers.max_missing_fraction`. What is meant to be shared is best deployed by `nft-ray rewards serve`.
 """
 
 import logging
@@ -17,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,7 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
-from deployments.plane import PREFIX, Dashboard, serve_details
+from deployments.plane import PREFIX, Dashboard, delete, serve_details
 from deployments.reward_app import Load, application
 from nft_ray.config import ExperimentConfig, HttpConfig, differences
 from nft_ray.rewards.base import Autoscaling, RewardConfig, load_reward
@@ -78,14 +78,6 @@ def describe(name: str, config: RewardConfig) -> dict[str, Any]:
     """What a replica says of itself, and what is compared before it is shared: its configuration and our version."""
     section = {key: value for key, value in config.model_dump(mode="json").items() if key not in SCALING}
     return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
-
-
-def delete(names: Sequence[str]) -> None:
-    """Delete these applications and wait until they are gone; one that does not exist is no error."""
-    for name in names:
-        serve.delete(name, _blocking=False)
-    for name in names:
-        serve.delete(name)
 
 
 def rebound(name: str, bounds: Autoscaling, load: Load = load_reward, *, routed: bool, wait_s: float) -> None:
@@ -149,10 +141,11 @@ def _target(
 
 
 def _ask(name: str, method: str, wait_s: float) -> Any:
-    """Call a method without arguments of a deployed reward."""
+    """Call a method without arguments of a deployed reward; from a thread, for the caller may have an event loop."""
     try:
         handle = serve.get_app_handle(f"{PREFIX}{name}")
-        return getattr(handle, method).remote().result(timeout_s=wait_s)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: getattr(handle, method).remote().result(timeout_s=wait_s)).result()
     except (TimeoutError, RayError, RayServeException) as error:
         raise RuntimeError(
             f"Serve application {PREFIX}{name} does not say what it is within {wait_s:g} s: {type(error).__name__}"

@@ -7,14 +7,17 @@ Never a second `serve.run`: that would replace every replica. Scaling keeps thos
 difference, and returns at once; whoever waits asks `reward_states`.
 
 Failure policy: every call has a deadline; what the cluster refuses is one ValueError (the user's: unknown reward,
-autoscaled) or RuntimeError (Ray's: no dashboard, no answer) that says why.
+autoscaled) or RuntimeError (Ray's: no dashboard, no answer) that says why. `delete` removes applications by name and
+never shuts Serve down, for others may use it.
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import requests
+from ray import serve
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
 PREFIX = "reward-"
@@ -100,6 +103,14 @@ def scale(dashboard: Dashboard, name: str, num_replicas: int) -> None:
         f"/api/v1/applications/{PREFIX}{state.name}/deployments/{state.name}/scale",
         {"target_num_replicas": num_replicas},
     )
+
+
+def delete(names: Sequence[str]) -> None:
+    """Delete these applications and wait until they are gone; one that does not exist is no error."""
+    for name in names:
+        serve.delete(name, _blocking=False)
+    for name in names:
+        serve.delete(name)
 
 
 def _state(name: str, application: dict[str, Any]) -> RewardState:

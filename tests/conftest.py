@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+TOKEN = secrets.token_hex(32)
+"""One for all Rays of this process: Ray reads it once."""
 GOLDENS = Path(os.environ.get("NFT_RAY_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 
 
@@ -54,7 +57,7 @@ def _ray(**options: Any) -> Iterator[str | None]:
 
     folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # short: Ray's socket paths have a limit
     with pytest.MonkeyPatch.context() as patch:
-        (Path(folder) / "token").write_text(secrets.token_hex(32))
+        (Path(folder) / "token").write_text(TOKEN)
         patch.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # workers import the fakes
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -64,6 +67,8 @@ def _ray(**options: Any) -> Iterator[str | None]:
         try:
             yield context.dashboard_url
         finally:
+            if "ray.serve" in sys.modules:
+                sys.modules["ray.serve"].shutdown()  # or this process goes on looking for this cluster's controller
             ray.shutdown()
             os.environ.pop("RAY_AUTH_MODE", None)  # ray.init sets it, and it would outlive the token
             shutil.rmtree(folder, ignore_errors=True)

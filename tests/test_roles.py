@@ -60,7 +60,8 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 @pytest.fixture(scope="module")
 def ray_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     from actors.roles import ray_roles
-    from deployments.build import delete, deploy
+    from deployments.build import deploy
+    from deployments.plane import delete
 
     folder = tmp_path_factory.mktemp("ray")
     names = deploy(CONFIG, MortalRewards(folder))
@@ -250,7 +251,7 @@ def test_a_hanging_sampler_is_replaced(ray: Run, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.ray
 def test_a_replica_killed_with_work_in_flight_loses_no_score(ray: Run) -> None:
     (ray.folder / "die-reward").touch()
-    requests = [fake_request(0, prompt) for prompt in range(12)]
+    requests = [fake_request(0, prompt) for prompt in range(100, 112)]  # not yet scored: no replica remembers them
     for request, rewards in zip(requests, ray(scores(ray.roles, requests)), strict=True):
         np.testing.assert_array_equal(rewards.raw[REWARD], right_images(request))
     assert not (ray.folder / "die-reward").exists()
@@ -267,8 +268,9 @@ def test_a_reward_that_cannot_be_had_is_missing(
     monkeypatch.setattr(module, "BACKOFF_S", 0.01)
     monkeypatch.setattr(scorers, "_config", scorers._config.model_copy(update={"timeout_s": 0.5, "max_attempts": 2}))
     (ray.folder / marker).touch()
+    request = fake_request(0, 200 if marker == "hang-reward" else 300)
     try:
-        (rewards,) = ray(scores(ray.roles, [fake_request()]))
+        (rewards,) = ray(scores(ray.roles, [request]))
     finally:
         (ray.folder / marker).unlink()
     assert np.isnan(rewards.raw[REWARD]).all()
@@ -276,7 +278,7 @@ def test_a_reward_that_cannot_be_had_is_missing(
     assert rewards.missing[REWARD].all()
     assert scorers.num_missing[REWARD, cause] == 1
     monkeypatch.undo()
-    (rewards,) = ray(scores(ray.roles, [fake_request()]))
+    (rewards,) = ray(scores(ray.roles, [request]))
     assert not rewards.missing[REWARD].any()
 
 
@@ -285,7 +287,7 @@ def test_a_value_error_of_the_reward_is_the_users(ray: Run) -> None:
     (ray.folder / "wrong-reward").touch()
     try:
         with pytest.raises(ValueError, match=f"^reward {REWARD}: prompt 0 has no tag$"):
-            ray(scores(ray.roles, [fake_request()]))
+            ray(scores(ray.roles, [fake_request(0, 400)]))
     finally:
         (ray.folder / "wrong-reward").unlink()
 

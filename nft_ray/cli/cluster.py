@@ -10,8 +10,9 @@ import ray
 
 from actors.placement import check
 from actors.roles import ray_roles
-from deployments.build import check_port, delete, deploy
-from nft_ray.checkpoint import in_submitted_job
+from deployments.build import check_port, deploy
+from deployments.plane import delete
+from nft_ray.cli.connection import joins
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.base import TorchRewardConfig, reward_files
 from nft_ray.rewards.weights import require, weights_root
@@ -60,22 +61,6 @@ def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator
         ray.shutdown()
 
 
-@contextmanager
-def joined(address: str | None) -> Iterator[str | None]:
-    """A Ray that runs already, for a command that looks at it; gives its dashboard's host:port."""
-    try:
-        context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-    except ConnectionError:
-        raise RuntimeError(
-            f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
-        ) from None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        yield context.dashboard_url or None
-    finally:
-        ray.shutdown()
-
-
 @asynccontextmanager
 async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[Roles]:
     """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
@@ -88,11 +73,6 @@ async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) 
             yield roles
     finally:
         delete(applications)
-
-
-def joins(address: str | None) -> bool:
-    """Is a cluster that runs already meant: by --address, RAY_ADDRESS, or because this is a submitted job?"""
-    return bool(address or os.environ.get("RAY_ADDRESS") or in_submitted_job(os.environ))
 
 
 def _in_use(port: int) -> bool:

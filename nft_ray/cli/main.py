@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from nft_ray.cli.rewards import add_parser, rewards
-from nft_ray.cli.train import Interrupted, train
 
 FAILURES = (ValueError, RuntimeError, OSError)
 
@@ -25,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        return train(args) if args.command == "train" else rewards(args)
-    except Interrupted as error:
-        return _fail(str(error), 130)
+        return rewards(args) if args.command == "rewards" else _train(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     except FAILURES as error:
         if os.environ.get("NFT_RAY_DEBUG"):
             logging.getLogger("nft_ray").exception("traceback, for NFT_RAY_DEBUG")
@@ -52,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     add_parser(commands)
     return root
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nft_ray.cli.train import Interrupted, train  # brings torch: seconds that no other command should wait
+
+    try:
+        return train(args)
+    except Interrupted as error:
+        return _fail(str(error), 130)
 
 
 def _fail(line: str, status: int) -> int:

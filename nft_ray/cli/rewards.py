@@ -23,7 +23,6 @@ import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
-from nft_ray.config import HttpConfig, load
 from nft_ray.rewards.base import (
     Autoscaling,
     Scores,
@@ -120,7 +119,9 @@ def _defaults(name: str) -> dict[str, Any] | None:
 def _serve(args: argparse.Namespace) -> int:
     from deployments.build import check_port, deploy
     from deployments.plane import Dashboard, reward_states
-    from nft_ray.cli.cluster import cluster, joins
+    from nft_ray.cli.cluster import cluster
+    from nft_ray.cli.connection import joins
+    from nft_ray.config import HttpConfig, load
 
     config = load(args.config, args.set)
     http = config.scorers.http or HttpConfig()
@@ -154,7 +155,6 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _scale(args: argparse.Namespace) -> int:
-    from deployments.build import rebound
     from deployments.plane import find, scale
 
     if (args.replicas is None) == (args.max is None):
@@ -165,6 +165,8 @@ def _scale(args: argparse.Namespace) -> int:
             scale(dashboard, state.name, args.replicas)
             _say(f"{state.name}: {state.target} -> {args.replicas} replicas asked for; `nft-ray rewards status` shows")
             return 0
+        from deployments.build import rebound
+
         bounds = Autoscaling(min_replicas=1 if args.min is None else args.min, max_replicas=args.max)
         _say(f"{state.name}: replacing its replicas; from {bounds.min_replicas} to {bounds.max_replicas} of them")
         rebound(state.name, bounds, routed=state.route is not None, wait_s=SETTLED_S)
@@ -173,8 +175,7 @@ def _scale(args: argparse.Namespace) -> int:
 
 
 def _delete(args: argparse.Namespace) -> int:
-    from deployments.build import delete
-    from deployments.plane import PREFIX, find
+    from deployments.plane import PREFIX, delete, find
 
     with _dashboard(args.address) as dashboard:
         names = [find(dashboard, name).name for name in args.names]
@@ -215,7 +216,7 @@ def _score_deployed(
 def _dashboard(address: str | None) -> Iterator[Any]:
     """A connected Ray and its dashboard."""
     from deployments.plane import Dashboard
-    from nft_ray.cli.cluster import joined
+    from nft_ray.cli.connection import joined
 
     with joined(address) as url:
         if url is None:

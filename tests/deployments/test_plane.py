@@ -40,7 +40,8 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def plane(dashboard_ray: str, port: int) -> Iterator[str]:
     """One fake reward with one replica, over HTTP with a token; gives the dashboard's host:port."""
-    from deployments.build import delete, deploy
+    from deployments.build import deploy
+    from deployments.plane import delete
 
     names = deploy(config(port), NamedRewards(slow=0.05), dashboard_url=dashboard_ray)
     assert names == [f"reward-{REWARD}"]
@@ -153,8 +154,8 @@ def test_a_dashboard_that_is_not_there_is_one_line() -> None:
 def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, port: int) -> None:
     from ray import serve
 
-    from deployments.build import delete, deploy, rebound
-    from deployments.plane import Dashboard, find, scale
+    from deployments.build import deploy, rebound
+    from deployments.plane import Dashboard, delete, find, scale
     from nft_ray.rewards.base import Autoscaling
 
     dashboard = Dashboard(plane)
@@ -204,7 +205,8 @@ def test_attaching_to_another_configuration_names_the_difference(plane: str, por
 def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int) -> None:
     from ray import serve
 
-    from deployments.build import delete, deploy
+    from deployments.build import deploy
+    from deployments.plane import delete
 
     rewards = {REWARD: SMALL, OTHER: {"num_cpus": 0.1}}
     job = fake_config(rewards=rewards, scorers={"attach": True, "http": {"port": port, "token": TOKEN}})

@@ -57,12 +57,28 @@ def test_defaults() -> None:
         "weight": 1.0,
         "eval_only": False,
         "num_replicas": 1,
+        "autoscaling": None,
         "num_cpus": 1.0,
         "num_gpus": 0.0,
         "memory_gib": 0.3,
         "batch_size": 1,
         "batch_wait_s": 0.01,
+        "runtime_env": None,
+        "py_executable": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas 3 is above max_replicas 2"),
+        ({"max_replicas": 0}, "greater than or equal to 1"),
+        ({"min_replicas": 1}, r"autoscaling\.max_replicas: missing"),
+    ],
+)
+def test_autoscaling_bounds_are_checked(bounds: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward_config("jpeg_compressibility", {"autoscaling": bounds})
 
 
 def test_names_and_base_import_no_reward() -> None:

@@ -1,0 +1,31 @@
+"""A Ray that runs already. Light: commands that only look at a cluster import nothing of training."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[str | None]:
+    """A Ray that runs already, for a command that looks at it; gives its dashboard's host:port."""
+    try:
+        context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError:
+        raise RuntimeError(
+            f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        yield context.dashboard_url or None
+    finally:
+        ray.shutdown()
+
+
+def joins(address: str | None) -> bool:
+    """Is a cluster that runs already meant: by --address, RAY_ADDRESS, or because this is a submitted job?"""
+    from nft_ray.checkpoint import in_submitted_job  # brings torch
+
+    return bool(address or os.environ.get("RAY_ADDRESS") or in_submitted_job(os.environ))
