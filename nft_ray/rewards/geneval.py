@@ -15,12 +15,16 @@ purpose: a wrong position earns 0 (published: 1.0 is appended after the 0.0), a 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch, one_line
+from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
+from nft_ray.rewards.weights import WeightFile, require, weights_root
+
+if TYPE_CHECKING:
+    from nft_ray.shapes.detector import Detections as ShapesDetections
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels, y downwards."""
@@ -35,6 +39,9 @@ CONFIDENCE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS_PER_CLASS = 16
 POSITION_THRESHOLD = 0.1
+
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+COLORS_CHECKPOINT = "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors"
 
 
 class _Clause(BaseModel):
@@ -178,13 +185,23 @@ def _parse(metadata: Mapping[str, Any]) -> _Metadata:
     return line
 
 
-class Config(RewardConfig):
-    """Section `rewards.geneval`."""
+class Config(TorchRewardConfig):
+    """Section `rewards.geneval`. Device, dtype, micro_batch_size and weights are mask2former's."""
 
-    detector: Literal["shapes"]
-    """What finds the objects: `shapes`, for the world of coloured shapes."""
+    detector: Literal["shapes", "mask2former"]
+    """What finds the objects: `shapes`, for the world of coloured shapes, or `mask2former`, for COCO's 80 classes.
+
+    Figures with `mask2former` are not comparable with published ones, which are mmdet's, until that has been checked.
+    """
     credit: Credit = "soft"
     """The reward: `soft`, the mean of partial credits, as published, or `strict`, 1 for exactly what is asked for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _memory_of_the_models(cls, section: Any) -> Any:
+        if isinstance(section, Mapping) and section.get("detector") == "mask2former":
+            return {"memory_gib": 4.0} | dict(section)
+        return section
 
 
 class Detections(Protocol):
@@ -193,25 +210,43 @@ class Detections(Protocol):
     @property
     def objects(self) -> Mapping[str, list[tuple[Box, float]]]: ...
 
-    def colors_of(self, class_name: str, boxes: list[Box]) -> list[str]: ...
+
+D = TypeVar("D", bound=Detections)
 
 
-class Detector(Protocol):
-    """Finds objects in one image, uint8 (H, W, 3), with any confidence; the thresholds are the reward's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked(Generic[D]):
+    """A question about colours: those of some boxes of `detections.objects[class_name]`."""
 
-    def detect(self, image: np.ndarray) -> Detections: ...
+    detections: D
+    class_name: str
+    boxes: list[Box]
+
+
+class Detector(Protocol[D]):
+    """Finds objects in images, with any confidence (the thresholds are the reward's), and then tells their colours."""
+
+    def detect(self, images: np.ndarray) -> Sequence[D]:
+        """images uint8 (B, H, W, 3) -> what is in each."""
+        ...
+
+    def colors_of(self, asked: Sequence[Asked[D]]) -> Sequence[list[str]]:
+        """For each question, about any of the images, one colour per box. Asked at most once per batch."""
+        ...
 
 
 class GenEval:
     """The reward: `values` is the soft score, or strict; details are `soft`, and `strict` and `correct`, 0 or 1."""
 
-    def __init__(self, detector: Detector, credit: Credit = "soft") -> None:
+    def __init__(self, detector: Detector[Any], credit: Credit = "soft") -> None:
         self._detector, self._credit = detector, credit
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score. Raises ValueError where metadata is not GenEval's or has no tag."""
         check_batch(images, prompts, metadata)
-        results = [self._judge(image, line) for image, line in zip(images, metadata, strict=True)]
+        for prompt, line in zip(prompts, metadata, strict=True):
+            check_line(prompt, line)
+        results = self._judge(images, metadata) if len(images) else []
         details = {
             "soft": np.array([result.score for result in results], dtype=np.float32),
             "strict": np.array([result.strict for result in results], dtype=np.float32),
@@ -219,16 +254,79 @@ class GenEval:
         }
         return Scores(values=details[self._credit], details=details)
 
-    def _judge(self, image: np.ndarray, line: Mapping[str, Any]) -> GenEvalResult:
-        if "tag" not in line:
-            raise ValueError("not GenEval metadata: metadata.tag: missing")
-        _parse(line)
-        found = self._detector.detect(image)
-        return evaluate(select(found.objects, line["tag"]), line, found.colors_of)
+    def _judge(self, images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> list[GenEvalResult]:
+        """One forward of the detector, one of the colours: what `evaluate` will ask is collected first."""
+        found = self._detector.detect(images)
+        sure = [select(one.objects, line["tag"]) for one, line in zip(found, metadata, strict=True)]
+        asked = [
+            Asked(detections=one, class_name=name, boxes=boxes)
+            for one, objects, line in zip(found, sure, metadata, strict=True)
+            for name, boxes in _questions(objects, line)
+        ]
+        answers = iter(self._detector.colors_of(asked) if asked else ())
+        return [
+            evaluate(objects, line, lambda _name, _boxes: next(answers))
+            for objects, line in zip(sure, metadata, strict=True)
+        ]
+
+
+def _questions(objects: Objects, line: Mapping[str, Any]) -> list[tuple[str, list[Box]]]:
+    """What `evaluate` will ask about colours, in its order: no answer changes a later question."""
+    asked: list[tuple[str, list[Box]]] = []
+    if not any(clause.get("color") for clause in line["include"]):
+        return asked
+
+    def note(name: str, boxes: list[Box]) -> list[str]:
+        asked.append((name, boxes))
+        return [""] * len(boxes)
+
+    evaluate(objects, line, note)
+    return asked
+
+
+class _Shapes:
+    """The detector of the world of coloured shapes: one image after the other, colours known from the start."""
+
+    def __init__(self) -> None:
+        from nft_ray.shapes.detector import ShapesDetector
+
+        self._detector = ShapesDetector()
+
+    def detect(self, images: np.ndarray) -> Sequence["ShapesDetections"]:
+        return [self._detector.detect(image) for image in images]
+
+    def colors_of(self, asked: Sequence[Asked["ShapesDetections"]]) -> list[list[str]]:
+        return [one.detections.colors_of(one.class_name, one.boxes) for one in asked]
+
+
+def check_line(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """ValueError where the metadata of a prompt is not GenEval's, or has no tag."""
+    if "tag" not in metadata:
+        raise ValueError("not GenEval metadata: metadata.tag: missing")
+    _parse(metadata)
+
+
+def files(config: Config) -> tuple[WeightFile, ...]:
+    """The published files of mask2former and of the colours; none for shapes."""
+    if config.detector == "shapes":
+        return ()
+    return (
+        WeightFile(path=f"{MASK2FORMER}/config.json"),
+        WeightFile(path=f"{MASK2FORMER}/preprocessor_config.json"),
+        WeightFile(path=f"{MASK2FORMER}/model.safetensors", mib=263),
+        WeightFile(path=COLORS_CHECKPOINT, mib=1631),
+    )
 
 
 def build(config: Config) -> Reward:
     """Load the detector that the experiment names."""
-    from nft_ray.shapes.detector import ShapesDetector
+    if config.detector == "shapes":
+        return GenEval(_Shapes(), config.credit)
+    root = weights_root(config.weights)
+    require("geneval", files(config), root)
+    from nft_ray.rewards._colors import ColorClassifier
+    from nft_ray.rewards._mask2former import Mask2FormerDetector
 
-    return GenEval(ShapesDetector(), config.credit)
+    colors = ColorClassifier(root / COLORS_CHECKPOINT, config)
+    detector = Mask2FormerDetector(root / MASK2FORMER, config, colors, floor=CONFIDENCE_THRESHOLD)
+    return GenEval(detector, config.credit)

@@ -1,7 +1,8 @@
 """uint8 images to the pixels that a CLIP-like encoder was trained on.
 
-Resizing is Pillow's bicubic, as in the published scoring code: other implementations move a score by more than bf16
-does. Pillow releases the interpreter's lock while it resizes, so images go through a few threads.
+Two ways, each as the code that published the model does it: `cropped` resizes bytes with Pillow, `padded` resizes
+floats with torch. A bicubic resize of bytes rounds and clips, one of floats does not; both smooth when they shrink.
+The bytes go to the device and become floats there: a quarter of what would have to be copied otherwise.
 """
 
 import os
@@ -17,59 +18,66 @@ from PIL import Image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's CLIP; OpenCLIP's ViT-H-14, HPSv2, PickScore and ImageReward kept them."""
+CPU = torch.device("cpu")
 
 
-def cropped(images: np.ndarray, size: int, *, rounding: Callable[[float], int] = floor) -> torch.Tensor:
+def cropped(
+    images: np.ndarray, size: int, *, rounding: Callable[[float], int] = floor, device: torch.device = CPU
+) -> torch.Tensor:
     """Shorter side to `size`, centre cut out: uint8 (B, H, W, 3) -> f32 (B, 3, size, size), normalised.
 
     Source: CLIP's own transform. Where the margin is odd, transformers cuts at the floor, torchvision at `round`.
+    Pillow releases the interpreter's lock while it resizes, so images go through a few threads.
     """
-    return _normalized(_each(partial(_crop, size=size, rounding=rounding), images))
+    crop = partial(_crop, size=size, rounding=rounding)
+    threads = min(len(images), len(os.sched_getaffinity(0)), 8)
+    if threads < 2:
+        pixels = [crop(image) for image in images]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            pixels = list(pool.map(crop, images))
+    return _normalized(_scaled(np.stack(pixels), device))
 
 
-def padded(images: np.ndarray, size: int) -> torch.Tensor:
+def padded(images: np.ndarray, size: int, *, device: torch.device = CPU) -> torch.Tensor:
     """LONGER side to `size`, the rest black, centred: uint8 (B, H, W, 3) -> f32 (B, 3, size, size), normalised.
 
-    Source: HPSv2's transform. Black is 0 before the normalisation.
+    Source: HPSv2's transform, on the tensor as there. Two differences, on purpose: an image whose longer side is
+    already `size` is padded as well (there it stays as it is, and the encoder then fails unless it is square), and a
+    side never shrinks to nothing.
     """
-    return _normalized(_each(partial(_pad, size=size), images))
+    height, width = images.shape[1:3]
+    scale = size / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    pixels = _scaled(images, device)
+    if (new_height, new_width) != (height, width):
+        pixels = torch.nn.functional.interpolate(
+            pixels, (new_height, new_width), mode="bicubic", align_corners=False, antialias=True
+        )
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    black = (left, size - new_width - left, top, size - new_height - top)
+    return _normalized(torch.nn.functional.pad(pixels, black))
 
 
 def _crop(image: np.ndarray, *, size: int, rounding: Callable[[float], int]) -> np.ndarray:
     height, width = image.shape[:2]
     short = min(height, width)
     new_height, new_width = int(size * height / short), int(size * width / short)
-    resized = _resize(image, new_height, new_width)
+    if (new_height, new_width) != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
     top, left = rounding((new_height - size) / 2), rounding((new_width - size) / 2)
-    return resized[top : top + size, left : left + size]
+    return image[top : top + size, left : left + size]
 
 
-def _pad(image: np.ndarray, *, size: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    scale = size / max(height, width)
-    new_height, new_width = round(height * scale), round(width * scale)
-    out = np.zeros((size, size, 3), dtype=np.uint8)
-    top, left = (size - new_height) // 2, (size - new_width) // 2
-    out[top : top + new_height, left : left + new_width] = _resize(image, new_height, new_width)
-    return out
+def _scaled(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> f32 (B, 3, H, W) in [0, 1] on the device."""
+    pixels = torch.from_numpy(np.array(images))  # a copy: arrays of the object store cannot be written to
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
 
 
-def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _each(transform: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
-    threads = min(len(images), len(os.sched_getaffinity(0)), 8)
-    if threads < 2:
-        return np.stack([transform(image) for image in images])
-    with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(pool.map(transform, images)))
-
-
-def _normalized(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (B, size, size, 3) -> f32 (B, 3, size, size)."""
-    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-    return (scaled - mean) / std
+def _normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """f32 (B, 3, H, W) in [0, 1] -> the same with CLIP's mean taken off, in units of its deviation."""
+    mean, std = (torch.tensor(numbers, device=pixels.device).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std

@@ -1,6 +1,9 @@
 """GenEval's rule against the published verdicts, and the reward around it with a detector of our own."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -9,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nft_ray.rewards.base import load_reward
-from nft_ray.rewards.geneval import Box, GenEval, GenEvalResult, evaluate, relations, select
+from nft_ray.rewards.base import check_lines, load_reward, reward_config, reward_files
+from nft_ray.rewards.geneval import Asked, Box, GenEval, GenEvalResult, evaluate, relations, select
 from nft_ray.shapes.grammar import TAGS
 from nft_ray.shapes.grammar import test_lines as held_out_lines
 from nft_ray.shapes.world import render, sample_scene
@@ -180,13 +183,21 @@ class FakeDetections:
         box = (0.0, 0.0, 1.0, 1.0)
         return {"cup": [(box, v / 100) for v in red if v], "dog": [(box, v / 100) for v in green if v]}
 
-    def colors_of(self, class_name: str, boxes: list[Box]) -> list[str]:
-        return ["blue" if self.image[..., 2].any() else "black"] * len(boxes)
-
 
 class FakeDetector:
-    def detect(self, image: np.ndarray) -> FakeDetections:
-        return FakeDetections(image)
+    """Notes how often it is asked, and how much about colours: (class, number of boxes) of each question."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.asked: list[list[tuple[str, int]]] = []
+
+    def detect(self, images: np.ndarray) -> list[FakeDetections]:
+        self.batches.append(len(images))
+        return [FakeDetections(image) for image in images]
+
+    def colors_of(self, asked: Sequence[Asked[FakeDetections]]) -> list[list[str]]:
+        self.asked.append([(one.class_name, len(one.boxes)) for one in asked])
+        return [["blue" if one.detections.image[..., 2].any() else "black"] * len(one.boxes) for one in asked]
 
 
 def image(cups: list[int], blue: int = 0) -> np.ndarray:
@@ -217,6 +228,77 @@ def test_the_reward_applies_the_threshold_of_the_tag() -> None:
 def test_the_reward_says_that_a_prompt_has_no_geneval_metadata(line: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not GenEval metadata"):
         GenEval(FakeDetector()).score(image([50])[None], ["p"], [line])
+
+
+def test_a_batch_is_detected_at_once_and_all_its_colours_are_asked_at_once() -> None:
+    cup = {"class": "cup", "count": 1, "color": "blue"}
+    both = {"tag": "color_attr", "include": [cup, {"class": "dog", "count": 1, "color": "black"}]}
+    seen = image([50], blue=9)
+    seen[1, 0, 1] = 60  # a dog
+    images = np.stack([seen, image([50]), image([50]), image([50, 60], blue=9), image([20], blue=9)])
+    plain = {"tag": "single_object", "include": [{"class": "cup", "count": 1}]}
+    two = {"tag": "colors", "include": [cup | {"count": 2}]}
+    lines = [both, {"tag": "colors", "include": [cup]}, plain, two, {"tag": "colors", "include": [cup]}]
+    detector = FakeDetector()
+    scores = GenEval(detector).score(images, ["p"] * 5, lines)
+    assert detector.batches == [5]
+    assert detector.asked == [[("cup", 1), ("dog", 1), ("cup", 1), ("cup", 2)]]
+    assert scores.values.tolist() == [0.75, 0.5, 1.0, 1.0, 0.0]
+    alone = [GenEval(FakeDetector()).score(images[i : i + 1], ["p"], lines[i : i + 1]).values[0] for i in range(5)]
+    assert scores.values.tolist() == alone
+
+    detector.asked.clear()
+    GenEval(detector).score(images[2:3], ["p"], [plain])
+    assert detector.asked == []
+    assert GenEval(detector).score(images[:0], [], []).details["strict"].shape == (0,)
+    assert detector.batches == [5, 1]
+
+
+def test_the_score_may_be_the_strict_one() -> None:
+    line = {"tag": "counting", "include": [{"class": "cup", "count": 2}]}
+    one = image([95])[None]
+    assert GenEval(FakeDetector(), "soft").score(one, ["p"], [line]).values.tolist() == [0.5]
+    assert GenEval(FakeDetector(), "strict").score(one, ["p"], [line]).values.tolist() == [0.0]
+
+
+def test_lines_are_checked_before_anything_starts() -> None:
+    good = {"tag": "counting", "include": [{"class": "cup", "count": 2}]}
+    check_lines("geneval", [("two cups", good)])
+    with pytest.raises(
+        ValueError, match=r"rewards\.geneval: prompt 'a sign': not GenEval metadata: metadata\.tag: miss"
+    ):
+        check_lines("geneval", [("two cups", good), ("a sign", {})])
+    with pytest.raises(ValueError, match=r"prompt 'no cup': not GenEval metadata: metadata\.include\.0\.count = 0"):
+        check_lines("geneval", [("no cup", {"tag": "counting", "include": [{"class": "cup", "count": 0}]})])
+
+
+def test_shapes_needs_no_files_mask2former_four() -> None:
+    shapes, real = (reward_config("geneval", {"detector": detector}) for detector in ("shapes", "mask2former"))
+    assert reward_files("geneval", shapes) == ()
+    assert [file.path for file in reward_files("geneval", real)] == [
+        "facebook/mask2former-swin-small-coco-instance/config.json",
+        "facebook/mask2former-swin-small-coco-instance/preprocessor_config.json",
+        "facebook/mask2former-swin-small-coco-instance/model.safetensors",
+        "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors",
+    ]
+    assert real.memory_gib > 10 * shapes.memory_gib
+    assert reward_config("geneval", {"detector": "mask2former", "memory_gib": 9.0}).memory_gib == 9.0
+
+
+def test_the_detector_has_no_default_and_absent_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rewards\.geneval\.detector: missing"):
+        reward_config("geneval", {})
+    with pytest.raises(ValueError, match=r"config\.json is missing \(and 3 more\): run `nft-ray rewards fetch gen"):
+        load_reward("geneval", {"detector": "mask2former", "weights": str(tmp_path)})
+
+
+def test_shapes_needs_no_torch() -> None:
+    script = (
+        "import sys; from nft_ray.rewards.base import load_reward; load_reward('geneval', {'detector': 'shapes'});"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_shapes_detector_sees_what_the_world_draws() -> None:

@@ -74,3 +74,19 @@ def test_the_memory_is_bounded_and_forgets_the_oldest() -> None:
     assert reward.asked == [1, 1, 1]
     unique.score(images(1), ["a"], [{}])
     assert reward.asked == [1, 1, 1, 1]
+
+
+def test_images_that_differ_in_one_pixel_are_other_images() -> None:
+    """Also where the sketch, which does not look at every pixel, is the same."""
+    reward = Counting()
+    unique = Unique(reward)
+    pair = np.zeros((2, 16, 16, 3), np.uint8)
+    pair[1, 3, 3, 1] = 1
+    unique.score(pair[:1], ["a"], [{}])
+    unique.score(pair[1:], ["a"], [{}])
+    unique.score(pair, ["a", "a"], [{}, {}])
+    unique.score(pair[:1] + 2, ["a"], [{}])
+    assert reward.asked == [1, 1, 1]
+    other = Counting()
+    assert len(Unique(other).score(pair, ["a", "a"], [{}, {}]).values) == 2
+    assert other.asked == [2]

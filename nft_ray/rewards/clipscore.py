@@ -1,0 +1,66 @@
+"""CLIPScore: how well an image and its prompt agree, by OpenAI's CLIP ViT-L/14.
+
+    score = logit_scale * cos(image, prompt) / 100          (the model's logit_scale is 100: the cosine)
+
+Source: Hessel et al. 2021 (arXiv 2104.08718) for the idea, the published DiffusionNFT code for the scale. One
+difference, on purpose: that code resizes bilinearly, this bicubically, as CLIP was trained and as it is used elsewhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.weights import WeightFile, require, weights_root
+
+MODEL = "openai/clip-vit-large-patch14"
+SCALE = 100.0
+
+
+class Config(TorchRewardConfig):
+    """Section `rewards.clipscore`."""
+
+    memory_gib: float = 3.0
+
+
+class ClipScore:
+    """The reward."""
+
+    def __init__(self, config: Config) -> None:
+        from nft_ray.rewards._clip import clip_images, clip_texts, load_clip, logit_scale
+
+        root = weights_root(config.weights)
+        require("clipscore", files(config), root)
+        model = load_clip(root / MODEL, config)
+        self._images, self._texts = clip_images(model, config), clip_texts(model, root / MODEL, config)
+        self._scale = logit_scale(root / MODEL) / SCALE
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """See Reward.score."""
+        from nft_ray.rewards._clip import cosines
+
+        check_batch(images, prompts, metadata)
+        return Scores(values=cosines(self._images, images, self._texts, prompts) * np.float32(self._scale))
+
+
+def image_files() -> tuple[WeightFile, ...]:
+    """The published files of the model without its tokenizer."""
+    return (
+        WeightFile(path=f"{MODEL}/config.json"),
+        WeightFile(path=f"{MODEL}/model.safetensors", mib=1631),
+    )
+
+
+def files(config: Config) -> tuple[WeightFile, ...]:
+    """The published files."""
+    return (
+        *image_files(),
+        WeightFile(path=f"{MODEL}/tokenizer.json", mib=2.1),
+        WeightFile(path=f"{MODEL}/tokenizer_config.json"),
+    )
+
+
+def build(config: Config) -> Reward:
+    """Load the model."""
+    return ClipScore(config)
