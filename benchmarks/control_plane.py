@@ -164,7 +164,7 @@ def main() -> None:
     try:
         for staleness in (0, 1):
             config = experiment(args, staleness)
-            names = deploy(config, fake_load_reward)
+            names = asyncio.run(deploy(config, fake_load_reward))
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     epochs = asyncio.run(measure(config, Clock(), Path(folder)))

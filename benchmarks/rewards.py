@@ -126,7 +126,7 @@ def overhead(name: str, rounds: int) -> dict[str, float]:
     started = time.perf_counter()
     reward.score(*batch(name, num_images, next(seeds)))
     calls = max(4, round(2 / (time.perf_counter() - started)))  # about two seconds a round
-    names = deploy(config)
+    names = asyncio.run(deploy(config))
     ratios, alone, served = [], [], []
     try:
         asyncio.run(through_serve(name, [batch(name, num_images, next(seeds))]))
@@ -167,7 +167,7 @@ async def callers(name: str, num_callers: int, requests: Sequence[Batch]) -> tup
 
 def batching() -> dict[str, dict[str, float]]:
     """Dynamic batching by the number of concurrent callers."""
-    names = deploy(experiment(BATCHED, batch_size=16, batch_wait_s=0.02), load_counted)
+    names = asyncio.run(deploy(experiment(BATCHED, batch_size=16, batch_wait_s=0.02), load_counted))
     found = {}
     try:
         for number in CALLERS:

@@ -10,13 +10,13 @@ application of a job that ends loses it: its rewards are then missing, and the r
 `scorers.max_missing_fraction`. What is meant to be shared is best deployed by `nft-ray rewards serve`.
 """
 
+import asyncio
 import logging
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -27,8 +27,9 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
-from deployments.plane import PREFIX, Dashboard, delete, serve_details
+from deployments.plane import PREFIX, Dashboard, delete, serve_details, server_name
 from deployments.reward_app import Load, application
+from deployments.sglang_server import serve_sglang
 from nft_ray.config import ExperimentConfig, HttpConfig, differences
 from nft_ray.rewards.base import Autoscaling, RewardConfig, load_reward
 
@@ -41,37 +42,53 @@ SCALING = {"weight", "eval_only", "num_replicas", "autoscaling", "memory_gib"}
 """What two jobs that share a reward may say differently: it is not the application's, or changes while it runs."""
 
 
-def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboard_url: str | None = None) -> list[str]:
+async def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboard_url: str | None = None) -> list[str]:
     """Start the replicas of every reward that is not attached to; wait until they run; return the names made here.
 
-    Blocks. `dashboard_url` is needed where `scorers.http` is set. Raises ValueError for a name that is taken, another
-    configuration, a port in use or a `py_executable` that does not fit; RuntimeError where a reward does not start.
+    Cancelled, it takes down what it has made. `dashboard_url` is needed where `scorers.http` is set. Raises ValueError
+    for a name that is taken, another configuration, a port in use or a `py_executable` that does not fit; RuntimeError
+    where a reward, or the server of its model, does not start.
     """
     deployed = set(serve.status().applications)
     described = {name: describe(name, reward) for name, reward in config.reward_configs.items()}
     for name in described:
         if f"{PREFIX}{name}" in deployed:
-            _attach(name, described[name], config)
+            await _attach(name, described[name], config)
     wanted = {name: reward for name, reward in config.reward_configs.items() if f"{PREFIX}{name}" not in deployed}
     for name, reward in wanted.items():
         check_py_executable(name, reward)
     _start_serve(config.scorers.http, dashboard_url)
     http = config.scorers.http
     token = http.token.get_secret_value() if http and http.token else None
-    targets = [
-        _target(name, config.rewards[name] or {}, reward, load, token=token, routed=http is not None)
-        for name, reward in wanted.items()
-    ]
-    names = [target.name for target in targets]
-    if not targets:
-        return []
+    names = [f"{PREFIX}{name}" for name in wanted]
     try:
-        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_running(names, config.cluster.wait_s)
+        targets = [
+            _target(
+                name,
+                await _with_server(name, config.rewards[name] or {}, reward),
+                reward,
+                load,
+                token=token,
+                routed=http is not None,
+            )
+            for name, reward in wanted.items()
+        ]
+        if targets:
+            serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            await _wait_until_running(names, config.cluster.wait_s)
     except BaseException:
         delete(names)
         raise
     return names
+
+
+async def _with_server(name: str, section: Mapping[str, Any], config: RewardConfig) -> Mapping[str, Any]:
+    """The section that the replicas get: where it asks for a server, that is started and its URL stands there."""
+    server = getattr(config, "server", None)
+    if server is None:
+        return section
+    actor = await serve_sglang(server.model_copy(update={"name": server_name(f"{PREFIX}{name}")}))
+    return {**section, "server": None, "urls": [await actor.url.remote()]}
 
 
 def describe(name: str, config: RewardConfig) -> dict[str, Any]:
@@ -80,20 +97,20 @@ def describe(name: str, config: RewardConfig) -> dict[str, Any]:
     return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
 
 
-def rebound(name: str, bounds: Autoscaling, load: Load = load_reward, *, routed: bool, wait_s: float) -> None:
+async def rebound(name: str, bounds: Autoscaling, load: Load = load_reward, *, routed: bool, wait_s: float) -> None:
     """Deploy a running reward again, as it is but with these autoscaling bounds. Serve replaces every replica.
 
     The bounds are part of what `serve.run` deploys, and that gives a deployment a new version: there is no way to
     change them alone. Requests in work on a replaced replica are finished, or retried by who sent them.
     """
-    section, config, token = _ask(name, "bound", wait_s)
+    section, config, token = await _ask(name, "bound", wait_s)
     rescaled = config.model_copy(update={"autoscaling": bounds})
     serve.run_many(
         [_target(name, section, rescaled, load, token=token, routed=routed)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    _wait_until_running([f"{PREFIX}{name}"], wait_s)
+    await _wait_until_running([f"{PREFIX}{name}"], wait_s)
 
 
 def check_py_executable(name: str, config: RewardConfig) -> None:
@@ -140,25 +157,25 @@ def _target(
     )
 
 
-def _ask(name: str, method: str, wait_s: float) -> Any:
-    """Call a method without arguments of a deployed reward; from a thread, for the caller may have an event loop."""
+async def _ask(name: str, method: str, wait_s: float) -> Any:
+    """Call a method without arguments of a deployed reward."""
     try:
-        handle = serve.get_app_handle(f"{PREFIX}{name}")
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(lambda: getattr(handle, method).remote().result(timeout_s=wait_s)).result()
+        response = getattr(serve.get_app_handle(f"{PREFIX}{name}"), method).remote()
+        async with asyncio.timeout(wait_s):
+            return await response
     except (TimeoutError, RayError, RayServeException) as error:
         raise RuntimeError(
             f"Serve application {PREFIX}{name} does not say what it is within {wait_s:g} s: {type(error).__name__}"
         ) from None
 
 
-def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
+async def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
     if not config.scorers.attach:
         raise ValueError(
             f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
             f"delete it with `nft-ray rewards delete {name}`"
         )
-    found = dict(_ask(name, "describe", config.cluster.wait_s))
+    found = dict(await _ask(name, "describe", config.cluster.wait_s))
     if keys := differences(found, wanted):
         changes = ", ".join(f"{key} is {_at(found, key)!r} there, {_at(wanted, key)!r} here" for key in keys[:3])
         raise ValueError(f"Serve application {PREFIX}{name} was deployed with another configuration: {changes}")
@@ -206,7 +223,7 @@ def check_port(http: HttpConfig) -> None:
             ) from None
 
 
-def _wait_until_running(names: Sequence[str], wait_s: float) -> None:
+async def _wait_until_running(names: Sequence[str], wait_s: float) -> None:
     started = reported = time.monotonic()
     while True:
         applications = {name: serve.status().applications.get(name) for name in names}
@@ -222,7 +239,7 @@ def _wait_until_running(names: Sequence[str], wait_s: float) -> None:
         if now - reported >= REPORT_S:
             reported = now
             logger.info("waiting for %s (%.0f s); %s", ", ".join(waiting), now - started, _free())
-        time.sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
 
 
 def _cause(status: ApplicationStatusOverview) -> str:

@@ -11,17 +11,21 @@ autoscaled) or RuntimeError (Ray's: no dashboard, no answer) that says why. `del
 never shuts Serve down, for others may use it.
 """
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import requests
 from ray import serve
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
 PREFIX = "reward-"
 """An application is called reward-NAME; the interface to actors/scorers.py."""
+NAMESPACE = "nft_ray"
+"""Of the servers' actors: jobs have one of their own each, and an application outlives its job."""
 TIMEOUT_S = 30.0
 
 
@@ -106,11 +110,18 @@ def scale(dashboard: Dashboard, name: str, num_replicas: int) -> None:
 
 
 def delete(names: Sequence[str]) -> None:
-    """Delete these applications and wait until they are gone; one that does not exist is no error."""
+    """Delete these applications, and their servers; wait until they are gone. One that does not exist is no error."""
     for name in names:
         serve.delete(name, _blocking=False)
     for name in names:
         serve.delete(name)
+        with contextlib.suppress(ValueError):  # most have no server
+            ray.kill(ray.get_actor(server_name(name), namespace=NAMESPACE))  # which takes its processes along
+
+
+def server_name(application: str) -> str:
+    """Of the actor that holds the server that was started for an application."""
+    return f"{application}-server"
 
 
 def _state(name: str, application: dict[str, Any]) -> RewardState:

@@ -1,7 +1,6 @@
 """Starts and supervises `python -m sglang.launch_server` for one model, as a Ray actor that holds the server's GPUs.
 
-    serve_sglang -> SglangActor -- thread: watch --> SglangProcess -- Popen --> sglang and its workers: a process group
-                         '------ pipe ------> watchdog (a process of its own): the pipe breaks, so it kills the group
+    serve_sglang -> SglangActor -- thread: watch --> SglangProcess --> sglang and its workers: a ProcessGroup
 
 `SglangProcess` is all of it without Ray; the actor gives it GPUs, a thread and a name. To use servers that run
 already needs nothing of this: the reward's `urls:` names them.
@@ -24,29 +23,30 @@ lives on to say so. An actor that dies, SIGKILL included, takes its server along
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import ray
 import requests
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import SecretStr
+
+from deployments.plane import NAMESPACE
+from deployments.process_group import ProcessGroup
+from nft_ray.rewards.servers import SglangConfig
 
 logger = logging.getLogger(__name__)
 
@@ -54,114 +54,10 @@ POLL_S = 0.2
 REPORT_S = 10.0
 MAX_PAUSE_S = 60.0
 PROBE_S = 60.0
-KILL_S = 5.0
-"""How long a group is waited for after SIGKILL."""
 LAST_LINES = 50
 SHOWN_LINES = 5
 LINE_CHARS = 300
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OWNED = {
-    *("--model-path", "--model", "--host", "--port", "--api-key", "--config", "--chat-template"),
-    *("--mem-fraction-static", "--max-running-requests"),
-    *("--data-parallel-size", "--dp-size", "--dp", "--tensor-parallel-size", "--tp-size", "--tp"),
-}
-"""Arguments that have a field of their own."""
-WATCHDOG = """
-import os, signal, sys, time
-if os.fork():
-    os._exit(0)  # no longer the actor's child: Ray kills those when an actor ends
-said = b""
-while piece := os.read(0, 64):
-    said += piece
-group, *stopped = said.split() or [b"0"]
-for sign, wait_s in ((signal.SIGTERM, float(sys.argv[1])), (signal.SIGKILL, 0)):
-    end = time.monotonic() + wait_s
-    try:
-        if int(group) and not stopped:
-            os.killpg(int(group), sign)
-            while time.monotonic() < end:
-                os.killpg(int(group), 0)
-                time.sleep(0.05)
-    except ProcessLookupError:
-        break
-"""
-"""Reads the number of the group, then blocks; without a word `stopped` before the pipe ends, the group is killed."""
-
 State = Literal["new", "starting", "running", "restarting", "failed", "stopped"]
-Seconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class SglangConfig(BaseModel):
-    """One server. Flags that are null are not given, and sglang decides."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    model_path: str = Field(min_length=1)
-    """Folder or Hub name of the model."""
-    python: str
-    """Python of the environment that holds sglang."""
-    name: str | None = None
-    """Of the actor; null = sglang-MODEL."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for callers on other nodes. Anything but loopback needs a key."""
-    port: int | None = Field(default=None, ge=1, le=65535)
-    """null = one that is free; it stays the same over restarts."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key, where `serve_sglang` is called."""
-    api_key_file: Path | None = None
-    """File that holds the key, where `serve_sglang` is called."""
-    chat_template: str | None = None
-    mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
-    """Part of the GPU's memory for weights and KV cache."""
-    max_running_requests: Count | None = None
-    data_parallel_size: Count = 1
-    tensor_parallel_size: Count = 1
-    extra_args: tuple[str, ...] = ()
-    """Further arguments of sglang, one word each."""
-    env: dict[str, str] = {}
-    """Further environment variables of the server. No secrets: a configuration is shown."""
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float | None = Field(default=None, ge=0)
-    """GPUs of the actor; null = data_parallel_size * tensor_parallel_size."""
-    start_timeout_s: Seconds = 1800.0
-    """From the launch to the first answer; also the longest wait for free GPUs."""
-    health_interval_s: Seconds = 10.0
-    health_timeout_s: Seconds = 30.0
-    """sglang takes up to 20 s to find itself unhealthy (SGLANG_HEALTH_CHECK_TIMEOUT)."""
-    health_failures: Count = 3
-    """So many failed checks in a row mean a restart."""
-    max_restarts: int = Field(default=3, ge=0)
-    restart_window_s: Seconds = 3600.0
-    backoff_s: Seconds = 1.0
-    """Pause before a restart; doubles with each within the window, up to a minute."""
-    stop_timeout_s: Seconds = 10.0
-    """From SIGTERM to SIGKILL."""
-
-    @field_validator("extra_args")
-    @classmethod
-    def _not_owned(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({word.split("=")[0] for word in words} & OWNED):
-            raise ValueError(f"{', '.join(twice)}: use the field of that name")
-        return words
-
-    @model_validator(mode="after")
-    def _guarded(self) -> "SglangConfig":
-        if self.api_key_env is not None and self.api_key_file is not None:
-            raise ValueError("give api_key_env or api_key_file, not both")
-        if self.host not in LOOPBACK and self.api_key_env is None and self.api_key_file is None:
-            raise ValueError(f"host {self.host} is open to others and there is no key; use 127.0.0.1, or api_key_env")
-        return self
-
-    @property
-    def actor_name(self) -> str:
-        """`name`, or sglang- and the last part of the model's path."""
-        return self.name or f"sglang-{self.model_path.rstrip('/').split('/')[-1]}"
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of the actor."""
-        return self.data_parallel_size * self.tensor_parallel_size if self.num_gpus is None else self.num_gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,69 +112,13 @@ def environment(config: SglangConfig, inherited: Mapping[str, str]) -> dict[str,
     return {**kept, "PATH": path, "PYTHONUNBUFFERED": "1", **config.env}
 
 
-class Group:
-    """A process with all that it starts, one process group, and the watchdog that ends it if this process dies."""
-
-    def __init__(self, words: list[str], env: Mapping[str, str], stop_timeout_s: float) -> None:
-        self._stop_timeout_s = stop_timeout_s
-        self._watchdog = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", WATCHDOG, str(stop_timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._watchdog.wait()  # for its first process, which leaves the second behind
-        self._process = subprocess.Popen(
-            words,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        self.pid = self._process.pid
-        """Of the leader; the number of the group too."""
-        self._tell_watchdog(f"{self.pid}\n")
-
-    def lines(self) -> Iterator[str]:
-        """What it writes, until it ends."""
-        assert self._process.stdout
-        yield from self._process.stdout
-
-    def poll(self) -> int | None:
-        """Exit status of the leader, None while it runs."""
-        return self._process.poll()
-
-    def end(self) -> None:
-        """SIGTERM, then SIGKILL, to all of them; the leader's own end does not end the rest."""
-        for sign, wait_s in ((signal.SIGTERM, self._stop_timeout_s), (signal.SIGKILL, KILL_S)):
-            end = time.monotonic() + wait_s
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, sign)
-            while _lives(self.pid) and time.monotonic() < end:
-                time.sleep(POLL_S / 4)
-        self._process.wait()
-        self._tell_watchdog("stopped\n")
-        assert self._watchdog.stdin
-        self._watchdog.stdin.close()
-
-    def _tell_watchdog(self, word: str) -> None:
-        assert self._watchdog.stdin
-        with contextlib.suppress(BrokenPipeError):  # someone has killed the watchdog; the server is none the worse
-            self._watchdog.stdin.write(word.encode())
-            self._watchdog.stdin.flush()
-
-
 class SglangProcess:
     """One supervised server. `start` and `watch` block; `status` and `stop` may be called from other threads."""
 
     def __init__(self, config: SglangConfig, api_key: SecretStr | None = None, node_ip: str = "127.0.0.1") -> None:
         self._config, self._api_key, self._node_ip = config, api_key, node_ip
         self._name, self._port = config.actor_name, config.port
-        self._group: Group | None = None
+        self._group: ProcessGroup | None = None
         self._key_folder: tempfile.TemporaryDirectory[str] | None = None
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
         self._restarts: list[float] = []
@@ -395,7 +235,7 @@ class SglangProcess:
         self._state, self._message = "running", ""
         logger.info("%s: answers at %s after %.0f s", self._name, self.url, time.monotonic() - self._launched)
 
-    def _launch(self) -> Group:
+    def _launch(self) -> ProcessGroup:
         with self._lock:
             if self._stopping.is_set():
                 raise RuntimeError("it was stopped")
@@ -404,7 +244,7 @@ class SglangProcess:
             logger.info("%s: %s", self._name, shlex.join(words))
             self._lines.clear()
             self._launched = time.monotonic()
-            self._group = Group(words, environment(self._config, os.environ), self._config.stop_timeout_s)
+            self._group = ProcessGroup(words, environment(self._config, os.environ), self._config.stop_timeout_s)
             threading.Thread(target=self._keep_lines, args=(self._group,), daemon=True).start()
             return self._group
 
@@ -425,7 +265,7 @@ class SglangProcess:
         except requests.RequestException:
             return False
 
-    def _keep_lines(self, group: Group) -> None:
+    def _keep_lines(self, group: ProcessGroup) -> None:
         for line in group.lines():
             if self._api_key is not None:
                 line = line.replace(self._api_key.get_secret_value(), "***")
@@ -475,13 +315,18 @@ class SglangActor:
 
 
 async def serve_sglang(config: SglangConfig) -> Any:
-    """Handle of an actor named `config.actor_name` whose server answers; it lives as long as the handle, or its job.
+    """Handle of an actor named `config.actor_name` whose server answers; it lives until it is killed: see plane.delete.
 
     Logs what it waits for. Raises ValueError (no key, a name that is taken, and as SglangProcess.start) or
     RuntimeError; the actor is gone then.
     """
     actor = SglangActor.options(  # type: ignore[attr-defined]
-        name=config.actor_name, num_cpus=config.num_cpus, num_gpus=config.gpus, max_concurrency=8
+        name=config.actor_name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=config.num_cpus,
+        num_gpus=config.gpus,
+        max_concurrency=8,
     ).remote(config, read_api_key(config))
     try:
         await _when_placed(actor, config)
@@ -508,18 +353,6 @@ async def _when_placed(actor: Any, config: SglangConfig) -> None:
             raise RuntimeError(f"{config.actor_name}: {said}; given up after {config.start_timeout_s:g} s")
         logger.info("%s: %s", config.actor_name, said)
     await placed
-
-
-def _lives(group: int) -> bool:
-    """Whether any process of a group runs. One that is dead and not waited for does not: in a container whose first
-    process waits for nobody, orphans stay as zombies for ever, and `killpg(group, 0)` finds them.
-    """
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
 
 
 async def _awaited(reference: Any) -> Any:

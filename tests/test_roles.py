@@ -64,7 +64,7 @@ def ray_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     from deployments.plane import delete
 
     folder = tmp_path_factory.mktemp("ray")
-    names = deploy(CONFIG, MortalRewards(folder))
+    names = asyncio.run(deploy(CONFIG, MortalRewards(folder)))
     with asyncio.Runner() as loop:
         context = ray_roles(CONFIG, partial(MortalSamplerCore, folder), partial(MortalLearnerCore, folder, 1))
         roles = loop.run(context.__aenter__())
@@ -300,7 +300,7 @@ def test_an_application_of_that_name_is_not_overwritten(ray: Run) -> None:
     from deployments.build import deploy
 
     with pytest.raises(ValueError, match=f"reward-{REWARD} exists"):
-        deploy(CONFIG, fake_load_reward)
+        asyncio.run(deploy(CONFIG, fake_load_reward))
 
 
 @pytest.mark.ray
@@ -313,7 +313,7 @@ def test_a_reward_that_does_not_load_takes_its_application_down(ray: Run) -> Non
     with pytest.raises(
         RuntimeError, match=rf"^Serve application reward-{other} does not start: .*no weights at /nowhere"
     ):
-        deploy(fake_config(rewards={other: {"num_cpus": 0.05}}), failing_load_reward)
+        asyncio.run(deploy(fake_config(rewards={other: {"num_cpus": 0.05}}), failing_load_reward))
     assert list(serve.status().applications) == [f"reward-{REWARD}"]
 
 

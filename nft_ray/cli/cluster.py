@@ -66,7 +66,7 @@ async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) 
     """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
     check(config, ray.cluster_resources())
     say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-    applications = deploy(config, dashboard_url=dashboard_url)
+    applications = await deploy(config, dashboard_url=dashboard_url)
     try:
         say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
         async with ray_roles(config) as roles:

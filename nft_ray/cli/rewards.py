@@ -9,6 +9,7 @@ score --reward NAME IMAGE    one picture; the last line of stdout is a JSON obje
 """
 
 import argparse
+import asyncio
 import json
 import math
 import sys
@@ -131,7 +132,7 @@ def _serve(args: argparse.Namespace) -> int:
         check_port(http)
     with cluster(config, args.address, _say) as url:
         _say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-        deploy(config, dashboard_url=url)
+        asyncio.run(deploy(config, dashboard_url=url))
         _print_states(reward_states(Dashboard(url)) if url else [])
         host = f"[{http.host}]" if ":" in http.host else http.host
         for name in config.rewards:
@@ -169,7 +170,7 @@ def _scale(args: argparse.Namespace) -> int:
 
         bounds = Autoscaling(min_replicas=1 if args.min is None else args.min, max_replicas=args.max)
         _say(f"{state.name}: replacing its replicas; from {bounds.min_replicas} to {bounds.max_replicas} of them")
-        rebound(state.name, bounds, routed=state.route is not None, wait_s=SETTLED_S)
+        asyncio.run(rebound(state.name, bounds, routed=state.route is not None, wait_s=SETTLED_S))
         _say(f"{state.name}: done")
     return 0
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import nft_ray.rewards
 from nft_ray.rewards.weights import WeightFile
 
-_NOT_REWARDS = {"base", "combine", "preprocessing", "unique", "weights"}
+_NOT_REWARDS = {"base", "combine", "preprocessing", "servers", "unique", "weights"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
+from nft_ray.rewards.servers import SglangConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -85,8 +86,10 @@ _USER_ERRORS = {401, 403, 404}
 class Config(RewardConfig):
     """Section `rewards.unified_reward`."""
 
-    urls: tuple[str, ...] = Field(min_length=1)
-    """Base URLs of OpenAI-compatible servers, such as http://10.0.0.7:17140/v1; asked in turn."""
+    urls: tuple[str, ...] = ()
+    """Base URLs of OpenAI-compatible servers that run already, such as http://10.0.0.7:17140/v1; asked in turn."""
+    server: SglangConfig | None = None
+    """Start an sglang server instead, which lives as long as the reward is deployed."""
     model: str = "UnifiedReward-7b-v1.5"
     """Name of the model at those servers."""
     max_concurrency: int = Field(default=32, ge=1)
@@ -114,7 +117,9 @@ class Config(RewardConfig):
         return tuple(url.rstrip("/") for url in urls)
 
     @model_validator(mode="after")
-    def _leaves_time_to_fail_over(self) -> "Config":
+    def _across_fields(self) -> "Config":
+        if bool(self.urls) == (self.server is not None):
+            raise ValueError("give either urls, of servers that run, or server, which is started")
         if self.timeout_s >= self.deadline_s:
             raise ValueError(f"timeout_s {self.timeout_s:g} must be below deadline_s {self.deadline_s:g}")
         return self
@@ -128,6 +133,8 @@ def parse_score(text: str) -> float | None:
 
 def build(config: Config) -> Reward:
     """Read the key and start the loop; no server is asked yet. Raises ValueError where key or URLs cannot be used."""
+    if config.server is not None:
+        raise ValueError(f"{_WHERE}.server: is started where the reward is deployed; in one process, give urls")
     if any(urlsplit(url).username or urlsplit(url).password for url in config.urls):
         raise ValueError(f"{_WHERE}.urls: no user or password in a url: the key comes from the environment or a file")
     requests = logging.getLogger("httpx2")

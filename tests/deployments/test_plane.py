@@ -43,7 +43,7 @@ def plane(dashboard_ray: str, port: int) -> Iterator[str]:
     from deployments.build import deploy
     from deployments.plane import delete
 
-    names = deploy(config(port), NamedRewards(slow=0.05), dashboard_url=dashboard_ray)
+    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=dashboard_ray))
     assert names == [f"reward-{REWARD}"]
     yield dashboard_ray
     delete(names)
@@ -160,7 +160,7 @@ def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, p
 
     dashboard = Dashboard(plane)
     section = {"autoscaling": {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}, "batch_size": 1}
-    names = deploy(config(port, OTHER, section), NamedRewards(slow=0.3), dashboard_url=plane)
+    names = asyncio.run(deploy(config(port, OTHER, section), NamedRewards(slow=0.3), dashboard_url=plane))
     try:
         assert find(dashboard, OTHER).autoscaled
         with pytest.raises(ValueError, match="scales itself: change its bounds with --min and --max"):
@@ -172,7 +172,7 @@ def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, p
             pending.append(handle.score.remote(images, [str(time.time_ns())], [{}]))
             time.sleep(0.1)
         assert [one.result(timeout_s=60).values[0] for one in pending] == [i % 251 for i in range(len(pending))]
-        rebound(OTHER, Autoscaling(min_replicas=2, max_replicas=3), NamedRewards(), routed=True, wait_s=60)
+        asyncio.run(rebound(OTHER, Autoscaling(min_replicas=2, max_replicas=3), NamedRewards(), routed=True, wait_s=60))
         while find(dashboard, OTHER).running < 2:
             assert time.monotonic() < deadline + 60
             time.sleep(0.2)
@@ -190,7 +190,7 @@ def test_attaching_uses_what_is_there_and_owns_nothing(plane: str, port: int) ->
     from deployments.build import deploy
 
     job = config(port, section={"weight": 0.5, "num_replicas": 2}, attach=True)
-    assert deploy(job, fake_load_reward, dashboard_url=plane) == []
+    assert asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane)) == []
     assert score(3)[0] == 3  # still the one of NamedRewards
 
 
@@ -199,7 +199,7 @@ def test_attaching_to_another_configuration_names_the_difference(plane: str, por
 
     job = config(port, section={"batch_size": 7}, attach=True)
     with pytest.raises(ValueError, match=r"another configuration: rewards\.\w+\.batch_size is 2 there, 7 here$"):
-        deploy(job, fake_load_reward, dashboard_url=plane)
+        asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane))
 
 
 def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int) -> None:
@@ -210,7 +210,7 @@ def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int
 
     rewards = {REWARD: SMALL, OTHER: {"num_cpus": 0.1}}
     job = fake_config(rewards=rewards, scorers={"attach": True, "http": {"port": port, "token": TOKEN}})
-    names = deploy(job, fake_load_reward, dashboard_url=plane)
+    names = asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane))
     assert names == [f"reward-{OTHER}"]
     delete(names)
     assert list(serve.status().applications) == [f"reward-{REWARD}"]
@@ -246,7 +246,7 @@ def test_another_http_port_than_the_clusters_is_refused(plane: str, port: int) -
     with pytest.raises(
         ValueError, match=rf"^scorers\.http = 127\.0\.0\.1:{other}: Serve runs .* on 127\.0\.0\.1:{port}"
     ):
-        deploy(config(other, OTHER), fake_load_reward, dashboard_url=plane)
+        asyncio.run(deploy(config(other, OTHER), fake_load_reward, dashboard_url=plane))
 
 
 def test_a_port_in_use_is_one_line() -> None:
@@ -269,9 +269,9 @@ def test_a_python_without_ray_is_refused_before_serve_waits_for_it(plane: str, p
     bare.chmod(0o755)
     job = config(port, OTHER, {"py_executable": str(bare)})
     with pytest.raises(ValueError, match=r"py_executable = .*: cannot import ray and nft_ray \(ModuleNotFoundError"):
-        deploy(job, fake_load_reward, dashboard_url=plane)
+        asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane))
     absent = config(port, OTHER, {"py_executable": "/nowhere/python"})
     with pytest.raises(ValueError, match=r"py_executable = '/nowhere/python': cannot be run: .*No such file"):
-        deploy(absent, fake_load_reward, dashboard_url=plane)
+        asyncio.run(deploy(absent, fake_load_reward, dashboard_url=plane))
     fitting = config(port, OTHER, {"py_executable": sys.executable})
     check_py_executable(OTHER, fitting.reward_configs[OTHER])

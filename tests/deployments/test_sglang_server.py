@@ -22,7 +22,8 @@ import pytest
 import requests
 from pydantic import SecretStr, ValidationError
 
-from deployments.sglang_server import SglangConfig, SglangProcess, command, environment, read_api_key
+from deployments.sglang_server import SglangProcess, command, environment, read_api_key
+from nft_ray.rewards.servers import SglangConfig
 from tests.conftest import free_port
 
 KEY = "sk-very.secret"
@@ -350,7 +351,8 @@ def test_old_restarts_are_forgotten(stand_in: StandIn, run: Callable[..., Sglang
 
 def test_a_supervisor_that_is_killed_takes_the_server_along(stand_in: StandIn) -> None:
     script = (
-        "import sys, time; from deployments.sglang_server import SglangConfig, SglangProcess; "
+        "import sys, time; from deployments.sglang_server import SglangProcess; "
+        "from nft_ray.rewards.servers import SglangConfig; "
         "SglangProcess(SglangConfig.model_validate_json(sys.argv[1])).start(); time.sleep(60)"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", script, stand_in.config().model_dump_json()])
@@ -380,7 +382,7 @@ def actor(local_ray: None, stand_in: StandIn) -> Iterator[Any]:
 def test_the_actor_supervises(stand_in: StandIn, actor: Any) -> None:
     import ray
 
-    assert ray.get(ray.get_actor("sglang-Model-7B").status.remote()).state == "running"
+    assert ray.get(ray.get_actor("sglang-Model-7B", namespace="nft_ray").status.remote()).state == "running"
     url = ray.get(actor.url.remote())
     assert requests.get(f"{url}/models", timeout=5).status_code == 200
     os.kill(stand_in.starts[0]["pid"], signal.SIGKILL)
@@ -391,7 +393,7 @@ def test_the_actor_supervises(stand_in: StandIn, actor: Any) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL", "last handle"])
+@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
 def test_no_orphan_is_left_however_the_actor_ends(local_ray: None, stand_in: StandIn, how: str) -> None:
     import ray
 
@@ -401,10 +403,8 @@ def test_no_orphan_is_left_however_the_actor_ends(local_ray: None, stand_in: Sta
     assert len(stand_in.alive()) == 2
     if how == "ray.kill":
         ray.kill(actor)
-    elif how == "SIGKILL":
-        os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     else:
-        del actor
+        os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     until(lambda: not stand_in.alive())
 
 
@@ -418,7 +418,7 @@ def test_a_server_that_does_not_start_leaves_no_actor(local_ray: None, stand_in:
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         asyncio.run(serve_sglang(stand_in.config(num_gpus=0)))
     with pytest.raises(ValueError, match="Failed to look up actor"):
-        ray.get_actor("sglang-Model-7B")
+        ray.get_actor("sglang-Model-7B", namespace="nft_ray")
     assert stand_in.alive() == []
 
 
@@ -430,3 +430,41 @@ def test_gpus_that_the_cluster_lacks(local_ray: None, stand_in: StandIn) -> None
     with pytest.raises(RuntimeError, match="waiting for 2 GPUs and 1 CPUs, the cluster has 0 and 2 free; given up"):
         asyncio.run(serve_sglang(config))
     assert stand_in.starts == []
+
+
+@pytest.mark.ray
+def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: None, stand_in: StandIn) -> None:
+    """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted."""
+    import numpy as np
+    from ray import serve
+
+    from deployments.build import deploy
+    from deployments.plane import delete
+    from tests.fakes import fake_config
+
+    server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
+    config = fake_config(rewards={"unified_reward": {"server": server, "num_cpus": 0.1}})
+    names = asyncio.run(deploy(config))
+    try:
+        images = np.zeros((2, 8, 8, 3), np.uint8)
+        response = serve.get_app_handle(names[0]).score.remote(images, ["a cat", "a dog"], [{}, {}])
+        assert response.result(timeout_s=60).values.tolist() == pytest.approx([0.8, 0.8])  # "Final Score: 4"
+        assert len(stand_in.alive()) == 2
+    finally:
+        delete(names)
+    until(lambda: not stand_in.alive())
+
+
+@pytest.mark.ray
+def test_a_reward_whose_server_does_not_start_leaves_nothing(local_ray: None, stand_in: StandIn) -> None:
+    from ray import serve
+
+    from deployments.build import deploy
+    from tests.fakes import fake_config
+
+    stand_in.set(exit_at_once=1)
+    server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        asyncio.run(deploy(fake_config(rewards={"unified_reward": {"server": server, "num_cpus": 0.1}})))
+    assert not serve.status().applications
+    assert stand_in.alive() == []
