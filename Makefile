@@ -24,7 +24,11 @@ setup: .venv/.complete ## .venv with everything (a few minutes, once)
 quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system (2 cores, minutes)
 	$(BIN)/nft-ray train configs/quickstart.yaml $(ARGS)
 
-test: setup ## all tests, about 12 minutes (plain `pytest` leaves out the slow ones: 4)
+.PHONY: oracles
+oracles: setup # the environments that cannot share .venv: open_clip, and published code to compare with
+	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
+
+test: oracles ## all tests, about 20 minutes (plain `pytest` leaves out the slow ones: 6)
 	$(BIN)/python -m pytest -m "slow or not slow" -W ignore $(ARGS)
 
 check: setup ## style, format, types, import rules
@@ -37,4 +41,4 @@ docker-check: ## the image's install steps in a clean root, without Docker (need
 	docker/check.sh
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .envs .pytest_cache .mypy_cache .ruff_cache *.egg-info

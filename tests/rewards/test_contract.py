@@ -1,19 +1,25 @@
 """What every reward promises, run over every file in nft_ray/rewards: a new one is picked up by its name."""
 
-from typing import Any
+import importlib.util
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from nft_ray.rewards.base import Reward, RewardConfig, load_reward, reward_config, reward_names
+from nft_ray.rewards.base import Reward, RewardConfig, Scores, reward_config, reward_names
+from tests.oracles import make_env
+from tests.rewards.small_rewards import SECTIONS, small_reward
 
-SECTIONS: dict[str, dict[str, Any]] = {"geneval": {"detector": "shapes"}}  # where a reward has fields without default
-LINE = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": "a red circle"}
+PROMPT = 'a sign that says "red circle"'
+LINE = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": PROMPT}
+ROUNDING = 2e-6
+"""What the size of a batch does to float32 sums. Another image's score would be further off."""
 
 
 @pytest.fixture(scope="module", params=reward_names())
-def reward(request: pytest.FixtureRequest) -> Reward:
-    return load_reward(request.param, SECTIONS.get(request.param, {}))
+def reward(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reward]:
+    with small_reward(request.param, tmp_path_factory.mktemp("weights")) as found:
+        yield found
 
 
 def images(num_images: int, height: int, width: int) -> np.ndarray:
@@ -23,9 +29,16 @@ def images(num_images: int, height: int, width: int) -> np.ndarray:
     return (128 + contrast * rng.integers(-128, 128, (num_images, height, width, 3))).astype(np.uint8)
 
 
+def same(a: Scores, b: Scores) -> None:
+    np.testing.assert_allclose(a.values, b.values, rtol=ROUNDING, atol=ROUNDING)
+    assert a.details.keys() == b.details.keys()
+    for name, values in a.details.items():
+        np.testing.assert_allclose(values, b.details[name], rtol=ROUNDING, atol=ROUNDING)
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (17, 5), (1, 1)])
 def test_shapes_and_dtypes_for_any_image_size(reward: Reward, height: int, width: int) -> None:
-    scores = reward.score(images(3, height, width), ["a red circle"] * 3, [LINE] * 3)
+    scores = reward.score(images(3, height, width), [PROMPT] * 3, [LINE] * 3)
     for array in (scores.values, *scores.details.values()):
         assert array.shape == (3,)
         assert array.dtype == np.float32
@@ -35,15 +48,15 @@ def test_shapes_and_dtypes_for_any_image_size(reward: Reward, height: int, width
 def test_a_batch_is_its_images_one_by_one_in_their_order(reward: Reward) -> None:
     batch = images(4, 32, 32)
     batch.setflags(write=False)  # as an array from the object store is
-    whole = reward.score(batch, ["a red circle"] * 4, [LINE] * 4)
+    whole = reward.score(batch, [PROMPT] * 4, [LINE] * 4)
     order = [2, 0, 3, 1]
-    shuffled = reward.score(batch[order], ["a red circle"] * 4, [LINE] * 4)
-    alone = [reward.score(one[None], ["a red circle"], [LINE]) for one in batch]
-    np.testing.assert_array_equal(whole.values, np.concatenate([one.values for one in alone]))
-    np.testing.assert_array_equal(whole.values[order], shuffled.values)
-    for name, values in whole.details.items():
-        np.testing.assert_array_equal(values, np.concatenate([one.details[name] for one in alone]))
-        np.testing.assert_array_equal(values[order], shuffled.details[name])
+    shuffled = reward.score(batch[order], [PROMPT] * 4, [LINE] * 4)
+    alone = [reward.score(one[None], [PROMPT], [LINE]) for one in batch]
+    names = whole.details.keys()
+    joined = {name: np.concatenate([one.details[name] for one in alone]) for name in names}
+    same(whole, Scores(values=np.concatenate([one.values for one in alone]), details=joined))
+    reordered = {name: values[order] for name, values in whole.details.items()}
+    same(shuffled, Scores(values=whole.values[order], details=reordered))
 
 
 def test_an_empty_batch(reward: Reward) -> None:
@@ -55,12 +68,12 @@ def test_an_empty_batch(reward: Reward) -> None:
 )
 def test_what_is_no_batch_of_images_is_refused(reward: Reward, bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 3\)"):
-        reward.score(bad, ["p"], [LINE])
+        reward.score(bad, [PROMPT], [LINE])
 
 
 def test_one_prompt_and_one_metadata_per_image(reward: Reward) -> None:
     with pytest.raises(ValueError, match="2 images need one prompt and one metadata each, not 2 and 1"):
-        reward.score(images(2, 8, 8), ["p", "p"], [LINE])
+        reward.score(images(2, 8, 8), [PROMPT, PROMPT], [LINE])
 
 
 @pytest.mark.parametrize("name", reward_names())
@@ -71,3 +84,9 @@ def test_a_section_is_checked_by_the_rewards_own_config(name: str) -> None:
     assert (config.weight, config.num_replicas, config.num_cpus, config.eval_only) == (0.5, 3, 0.25, False)
     with pytest.raises(ValueError, match=rf"rewards\.{name}\.wieght: unknown key; did you mean 'weight'\?"):
         reward_config(name, SECTIONS.get(name, {}) | {"wieght": 1.0})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip") is not None, reason="this is that environment")
+def test_rewards_that_need_open_clip_keep_the_contract_where_it_is() -> None:
+    said = make_env.run_tests("openclip", "tests/rewards/test_contract.py", "-k", "hpsv2")
+    assert "skipped" not in said
