@@ -231,6 +231,13 @@ class ExperimentConfig(Section):
                 f"learner.optimizer_steps = {self.learner.optimizer_steps}: each needs a sample and an epoch has "
                 f"{num_samples}; use at most {num_samples}"
             )
+        for name, config in self.reward_configs.items():
+            deadline_s = getattr(config, "deadline_s", 0.0)
+            if deadline_s >= self.scorers.timeout_s:
+                raise ValueError(
+                    f"rewards.{name}.deadline_s = {deadline_s:g}: what is scored by then is lost unless it is below "
+                    f"scorers.timeout_s = {self.scorers.timeout_s:g}; lower it, or raise that"
+                )
         if not any(config.weight and not config.eval_only for config in self.reward_configs.values()):
             raise ValueError("rewards: none has a weight to train on; give one of them `weight: 1` without eval_only")
         return self

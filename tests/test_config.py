@@ -265,3 +265,19 @@ class TestPlainData:
         assert differences(old, old) == []
         one, other = resolved(example_config()), resolved(example_config("run.seed=1", "model.lora.rank=2"))
         assert differences(one, other) == ["model.lora.rank", "run.seed"]
+
+
+def test_a_deadline_of_a_reward_must_leave_time_to_answer() -> None:
+    section = {"urls": ["http://127.0.0.1:1/v1"], "deadline_s": 120}
+    with pytest.raises(ValueError, match=r"rewards\.unified_reward\.deadline_s = 120: .* scorers\.timeout_s = 120"):
+        parse({"run": {"name": "x"}, "rewards": {"unified_reward": section}})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1"])
+def test_http_for_others_needs_a_token(host: str) -> None:
+    data = {"run": {"name": "x"}, "rewards": {"jpeg_compressibility": {}}}
+    with pytest.raises(ValueError, match=rf"host {host} is open to others and there is no token"):
+        parse(data | {"scorers": {"http": {"host": host}}})
+    config = parse(data | {"scorers": {"http": {"host": host, "token": "a-secret"}}})
+    assert "a-secret" not in dump(config)
+    assert "a-secret" not in repr(config)

@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def files(config: Config) -> tuple[WeightFile, ...]:
     """The published file; the tokenizer comes with open_clip."""
-    return (WeightFile(path=CHECKPOINT, mib=3761),)
+    return (WeightFile(path=CHECKPOINT, mib=1881),)
 
 
 def build(config: Config) -> Reward:
