@@ -318,8 +318,10 @@ def _one_line(model: type[BaseModel], detail: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if not where or detail["type"] == "missing":
-        return f"{where}: {message}" if where else message
+    if not where:
+        return message
+    if isinstance(detail["input"], dict):  # a rule over a whole section, which is not shown
+        return f"{where}: {message}"
     return f"{where} = {detail['input']!r}: {message}"
 
 

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or each start says twice that torchvision is absent
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:

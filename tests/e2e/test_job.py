@@ -117,5 +117,5 @@ def test_a_job_that_fails_says_why_in_its_last_line_and_deletes_what_it_deployed
     assert status(head, "bad") == "FAILED"
     logs = subprocess.run([RAY, "job", "logs", "bad"], env=head, capture_output=True, text=True, check=False).stdout
     lines = [line for line in logs.splitlines() if line.strip()]
-    assert lines[-1].startswith("nft-ray: reward geneval: "), lines[-3:]
+    assert lines[-1].startswith("nft-ray: rewards.geneval: "), lines[-3:]
     assert applications(head) == []
