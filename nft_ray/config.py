@@ -320,7 +320,7 @@ def _one_line(model: type[BaseModel], detail: Any) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     if not where:
         return message
-    if isinstance(detail["input"], dict):  # a rule over a whole section, which is not shown
+    if detail["type"] == "missing" or (detail["input"] and isinstance(detail["input"], dict)):  # not a whole section
         return f"{where}: {message}"
     return f"{where} = {detail['input']!r}: {message}"
 
