@@ -174,8 +174,10 @@ def one_line(error: ValidationError, where: str, *, known: Sequence[str] = ()) -
             problems.append(f"{path}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
         elif problem["type"] == "missing":
             problems.append(f"{path}: missing")
+        elif problem["type"] == "value_error" and isinstance(problem["input"], dict):  # not the whole section
+            problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
         else:
-            problems.append(f"{path} = {problem['input']!r}: {problem['msg']}")
+            problems.append(f"{path} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(problems)
 
 

@@ -29,7 +29,10 @@ def test_an_unknown_reward_names_the_known_and_the_nearest_on_one_line(name: str
     ("section", "message"),
     [
         ({}, "rewards.geneval.detector: missing"),
-        ({"detector": "mask2former"}, "rewards.geneval.detector = 'mask2former': Input should be 'shapes'"),
+        (
+            {"detector": "mmdet"},
+            "rewards.geneval.detector = 'mmdet': Input should be 'shapes' or 'mask2former'",
+        ),
         (
             {"detector": "shapes", "num_replicas": 0},
             "rewards.geneval.num_replicas = 0: Input should be greater than or equal to 1",

@@ -341,8 +341,8 @@ def test_what_waiting_does_not_mend_is_a_value_error_at_once(status: str, reason
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({}, "urls: missing"),
-        ({"urls": []}, r"urls = \[\]: Tuple should have at least 1 item"),
+        ({}, "^rewards.unified_reward: give either urls"),
+        ({"urls": []}, "^rewards.unified_reward: give either urls"),
         ({"urls": ["10.0.0.1:17140/v1"]}, r"urls = .*each must be http\(s\)://host:port/v1"),
         ({"urls": ["http://h/v1?key=1"]}, r"urls = .*each must be http\(s\)://host:port/v1"),
         ({"urls": ["http://h/v1"], "timeout_s": 200}, "timeout_s 200 must be below deadline_s 110"),
