@@ -19,7 +19,7 @@ import nft_ray.models
 from nft_ray.config import ModelConfig
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
-NOT_FAMILIES = {"base", "lora"}
+NOT_FAMILIES = {"base", "lora", "lora_files"}
 
 
 class FlowModel(Protocol):

@@ -15,8 +15,10 @@ import numpy as np
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.models.lora_files import find_lora
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -132,6 +134,17 @@ def unmerged(
         return 0 if weights is None else assign(parameters, weights)
 
     return use
+
+
+def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
+    """A LoRA's tensors by wire name, float32, and its rank, alpha and targets: see lora_files.py for what is read.
+
+    ValueError with one line where there is none, or one that this project cannot use.
+    """
+    file = find_lora(path)
+    with safe_open(file.path, "pt") as tensors:
+        weights = {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
+    return weights, file.config
 
 
 def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:
