@@ -22,8 +22,11 @@ class Need:
     memory_gib: float
 
 
-def needs(config: ExperimentConfig) -> tuple[Need, ...]:
-    """Every role of the run, in the order of the data: sampler, learner, then one Serve application per reward."""
+def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...]:
+    """Every role of the run, in the order of the data: sampler, learner, then one Serve application per reward.
+
+    An evaluation (`training` false) has no learners.
+    """
     workers = [
         Need(
             role=role,
@@ -33,6 +36,7 @@ def needs(config: ExperimentConfig) -> tuple[Need, ...]:
             memory_gib=section.memory_gib,
         )
         for role, section in (("sampler", config.sampler), ("learner", config.learner))
+        if training or role != "learner"
     ]
     rewards = [
         Need(
@@ -65,9 +69,9 @@ def table(rows: Sequence[Need]) -> str:
     )
 
 
-def check(config: ExperimentConfig, cluster_resources: Mapping[str, float]) -> None:
+def check(config: ExperimentConfig, cluster_resources: Mapping[str, float], *, training: bool = True) -> None:
     """ValueError, one line with both numbers, where the run needs more CPUs or GPUs than the whole cluster has."""
-    rows = needs(config)
+    rows = needs(config, training=training)
     for kind, key, needed in zip(("CPUs", "GPUs"), ("CPU", "GPU"), _total(rows), strict=True):
         has = cluster_resources.get(key, 0.0)
         if needed > has + 1e-4:  # Ray counts in units of 1e-4

@@ -19,7 +19,7 @@ from actors.samplers import SamplerFactory, SamplerPool
 from actors.scorers import ServeScorers
 from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
-from nft_ray.roles import Roles
+from nft_ray.roles import EvaluationRoles, Roles
 from nft_ray.sampler import SamplerCore
 
 logger = getLogger(__name__)
@@ -44,4 +44,19 @@ async def ray_roles(
     finally:
         samplers.close()
         learners.close()
+        await scorers.close()
+
+
+@asynccontextmanager
+async def ray_evaluation_roles(
+    config: ExperimentConfig, sampler_core: SamplerFactory = SamplerCore
+) -> AsyncIterator[EvaluationRoles]:
+    """Samplers and scorers as in `ray_roles`; no learner is placed."""
+    check(config, ray.cluster_resources(), training=False)
+    scorers, samplers = ServeScorers(config), SamplerPool(config, sampler_core)
+    try:
+        await samplers.start()
+        yield EvaluationRoles(samplers=samplers, scorers=scorers)
+    finally:
+        samplers.close()
         await scorers.close()

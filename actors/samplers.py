@@ -92,6 +92,8 @@ class SamplerPool:
 
     async def load(self, adapters: Adapters) -> None:
         """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
+        if isinstance(adapters.weights, AdapterWeights):  # read from a file by the driver, not made by a learner
+            adapters = dataclasses.replace(adapters, weights=ray.put(adapters.weights))
         self._kept.pop(adapters.version, None)  # the newest stands last, a restored version too
         self._kept[adapters.version] = adapters
         for version in list(self._kept)[: -(self._config.run.max_staleness + 1)]:

@@ -14,7 +14,7 @@ from nft_ray.learner import LearnerCore
 from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.unique import Unique
-from nft_ray.roles import Roles
+from nft_ray.roles import EvaluationRoles, Roles
 from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, UpdateResult
 
@@ -88,6 +88,11 @@ class LocalLearners:
 def local_roles(config: ExperimentConfig) -> Roles:
     """All three planes in this process."""
     return Roles(samplers=LocalSamplers(config), scorers=LocalScorers(config), learners=LocalLearners(config))
+
+
+def local_evaluation_roles(config: ExperimentConfig) -> EvaluationRoles:
+    """Samplers and scorers in this process; no learner is built."""
+    return EvaluationRoles(samplers=LocalSamplers(config), scorers=LocalScorers(config))
 
 
 def _with_weights(adapters: Adapters, weights: AdapterWeights) -> Adapters:

@@ -81,9 +81,15 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
-    """The three planes of one run, in one process or on Ray."""
+class EvaluationRoles:
+    """What draws images and scores them: all that an evaluation needs."""
 
     samplers: Samplers
     scorers: Scorers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles(EvaluationRoles):
+    """The three planes of one run, in one process or on Ray."""
+
     learners: Learners

@@ -41,6 +41,7 @@ class SamplerCore:
         self.worker = worker
         self.device = torch.device("cuda" if config.sampler.num_gpus and torch.cuda.is_available() else "cpu")
         self.model = load_model(config.model, self.device)
+        self._probe_base = probe_velocity(self.model)
         hold = merged if config.model.dtype == "float32" else unmerged
         self._use_lora = hold(self.model.transformer, config.model.lora, self.model.lora_targets)
         self._versions: dict[int, AdapterWeights] = {}
@@ -59,6 +60,7 @@ class SamplerCore:
             num_tensors=num_tensors,
             checksums={"old": checksum(weights.old), "ema": checksum(weights.ema)},
             probe=probe_velocity(self.model),
+            probe_base=self._probe_base,
         )
 
     @torch.no_grad()
@@ -165,15 +167,20 @@ def probe_velocity(model: FlowModel) -> np.ndarray:
 
 
 def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
-    """RuntimeError with both values where a worker did not load what the learner announced.
+    """RuntimeError with both values where a worker did not load what was announced.
 
     Counts and checksums must be equal; the probe velocity may differ by max(floor |v|, 0.1 |v - v_base|): less than
-    what a LoRA that was not loaded would make it differ.
+    what a LoRA that was not loaded would make it differ. Announced from a file, it must differ from the worker's own
+    before.
     """
     for what in ("version", "num_tensors", "checksums"):
         announced, loaded = getattr(adapters, what), getattr(receipt, what)
         if announced != loaded:
             raise RuntimeError(f"{receipt.worker}: adapter {what} differs: learner {announced}, sampler {loaded}")
+    if adapters.probe is None or adapters.probe_base is None:
+        if np.array_equal(receipt.probe, receipt.probe_base):
+            raise RuntimeError(f"{receipt.worker}: the LoRA is loaded and the velocity is the base model's: no effect")
+        return
     norm = np.linalg.norm
     allowed = max(PROBE_FLOOR[dtype] * norm(adapters.probe), 0.1 * norm(adapters.probe - adapters.probe_base))
     difference = norm(adapters.probe - receipt.probe)

@@ -153,26 +153,31 @@ class Adapters:
     """A versioned announcement of AdapterWeights (`weights` is a ref) with what a loader must prove.
 
     checksums: adapter name -> hex digest; probe: the old policy's velocity on the model's fixed probe input, f32;
-    probe_base: the same with the LoRA off.
+    probe_base: the same with the LoRA off. Both are None where the weights come from a file: there is no learner to
+    compare with, and a loader then shows that its own velocity moved.
     """
 
     version: int
     weights: Any
     num_tensors: int
     checksums: dict[str, str]
-    probe: np.ndarray
-    probe_base: np.ndarray
+    probe: np.ndarray | None
+    probe_base: np.ndarray | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReceipt:
-    """A sampler's acknowledgement of Adapters: the same facts, taken from what it actually loaded."""
+    """A sampler's acknowledgement of Adapters: the same facts, taken from what it actually loaded.
+
+    probe_base: its velocity on the probe before it ever loaded anything.
+    """
 
     worker: str
     version: int
     num_tensors: int
     checksums: dict[str, str]
     probe: np.ndarray
+    probe_base: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

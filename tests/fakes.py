@@ -87,6 +87,7 @@ class FakeSamplerCore:
             num_tensors=len(weights.old),
             checksums={"old": fake_checksum(weights.old), "ema": fake_checksum(weights.ema)},
             probe=fake_probe(weights.old),
+            probe_base=BASE,
         )
 
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:

@@ -25,6 +25,7 @@ from tests.fakes import (
     MortalRewards,
     MortalSamplerCore,
     failing_load_reward,
+    fake_checksum,
     fake_config,
     fake_load_reward,
     fake_request,
@@ -171,6 +172,21 @@ def test_rollouts_use_the_version_that_they_name(run: Run) -> None:
     run(check_rollouts(run.roles, [fake_request(6, version=5)]))
     with pytest.raises(RuntimeError, match=r"^version 4 is not loaded; has \[5\]$"):
         run(run.roles.samplers.rollout(fake_request(5, version=4)))
+
+
+def test_weights_of_the_driver_are_loaded_without_a_learner_to_compare_with(run: Run) -> None:
+    (announced,) = run(run.roles.learners.adapters())
+    lora = weights(3.0)
+    digest = fake_checksum(lora.old)
+    ours = dataclasses.replace(
+        announced, version=8, weights=lora, checksums={"old": digest, "ema": digest}, probe=None, probe_base=None
+    )
+    run(run.roles.samplers.load(ours))
+    run(check_rollouts(run.roles, [fake_request(9, version=8)]))
+    same = weights(0.0)
+    digest = fake_checksum(same.old)
+    with pytest.raises(RuntimeError, match="the velocity is the base model's"):
+        run(run.roles.samplers.load(dataclasses.replace(ours, weights=same, checksums={"old": digest, "ema": digest})))
 
 
 def test_a_load_that_is_not_felt_stops_the_run(run: Run) -> None:

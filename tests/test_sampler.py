@@ -98,6 +98,20 @@ def test_a_load_that_moved_something_else_stops_the_run(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_lora_from_a_file_must_move_the_velocity(dtype: str, learner: LearnerCore) -> None:
+    adapters, weights = learner.probe()
+    from_file = dataclasses.replace(adapters, probe=None, probe_base=None)
+    receipt = SamplerCore(example_config(f"model.dtype={dtype}")).load(from_file, weights)
+    verify(from_file, receipt, dtype)
+    with pytest.raises(RuntimeError, match="the velocity is the base model's"):
+        verify(from_file, dataclasses.replace(receipt, probe=receipt.probe_base), dtype)
+    (nothing, no_op), *_ = learner.adapters()
+    unmoved = dataclasses.replace(nothing, probe=None, probe_base=None)
+    with pytest.raises(RuntimeError, match="the velocity is the base model's"):
+        verify(unmoved, SamplerCore(example_config(f"model.dtype={dtype}")).load(unmoved, no_op), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_probe_floor_is_what_rounding_explains(dtype: str) -> None:
     config = example_config(f"model.dtype={dtype}")
     learner, core = LearnerCore(config), SamplerCore(config)

@@ -9,20 +9,20 @@ from contextlib import asynccontextmanager, contextmanager
 import ray
 
 from actors.placement import check
-from actors.roles import ray_roles
+from actors.roles import ray_evaluation_roles, ray_roles
 from deployments.build import check_port, deploy
 from deployments.plane import delete
 from nft_ray.cli.connection import joins
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.base import TorchRewardConfig, reward_files
 from nft_ray.rewards.weights import require, weights_root
-from nft_ray.roles import Roles
+from nft_ray.roles import EvaluationRoles, Roles
 
 LOOPBACK = "127.0.0.1"
 Say = Callable[[str], None]
 
 
-def check_before_start(config: ExperimentConfig, address: str | None) -> None:
+def check_before_start(config: ExperimentConfig, address: str | None, *, training: bool = True) -> None:
     """ValueError for what is known to fail before a process starts: a port in use, weights not there, too few CPUs."""
     if joins(address):
         return
@@ -34,7 +34,7 @@ def check_before_start(config: ExperimentConfig, address: str | None) -> None:
     for name, reward in config.reward_configs.items():
         if isinstance(reward, TorchRewardConfig):
             require(name, reward_files(name, reward), weights_root(reward.weights))
-    check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()})
+    check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()}, training=training)
 
 
 @contextmanager
@@ -65,12 +65,30 @@ def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator
 async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[Roles]:
     """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
     check(config, ray.cluster_resources())
-    say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-    applications = await deploy(config, dashboard_url=dashboard_url)
-    try:
+    async with _rewards(config, say, dashboard_url):
         say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
         async with ray_roles(config) as roles:
             yield roles
+
+
+@asynccontextmanager
+async def evaluation_planes(
+    config: ExperimentConfig, say: Say, dashboard_url: str | None
+) -> AsyncIterator[EvaluationRoles]:
+    """The same without learners."""
+    check(config, ray.cluster_resources(), training=False)
+    async with _rewards(config, say, dashboard_url):
+        say(f"starting {config.sampler.num_workers} samplers")
+        async with ray_evaluation_roles(config) as roles:
+            yield roles
+
+
+@asynccontextmanager
+async def _rewards(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[None]:
+    say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
+    applications = await deploy(config, dashboard_url=dashboard_url)
+    try:
+        yield
     finally:
         delete(applications)
 

@@ -13,15 +13,13 @@ from nft_ray.types import EvalResult
 EVERY_S = 10.0
 
 
-class Console(Tracker):
-    """A Tracker in front of another: shows, then passes on."""
+class Screen:
+    """Lines that stay, and one that says how far something is."""
 
-    def __init__(self, tracker: Tracker, num_epochs: int, metric: str, stream: TextIO | None = None) -> None:
-        self._tracker, self._num_epochs, self._metric = tracker, num_epochs, metric
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
         self._shown = time.monotonic()
-        self._evaluated = ""
         self._width = 0
 
     def say(self, line: str) -> None:
@@ -31,8 +29,8 @@ class Console(Tracker):
         self._stream.flush()
         self._shown = time.monotonic()
 
-    def log_progress(self, what: str, done: int, total: int) -> None:
-        self._tracker.log_progress(what, done, total)
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Rewritten on a terminal; elsewhere a line now and then."""
         if self._terminal:
             line = f"{what}: {done}/{total}"
             self._stream.write(f"\r{line:<{self._width}}")
@@ -40,6 +38,28 @@ class Console(Tracker):
             self._width = len(line)
         elif time.monotonic() - self._shown > EVERY_S:
             self.say(f"  {what}: {done}/{total}")
+
+    def _clear(self) -> None:
+        if self._terminal and self._width:
+            self._stream.write(f"\r{'':<{self._width}}\r")
+            self._width = 0
+
+
+class Console(Tracker):
+    """A Tracker in front of another: shows, then passes on."""
+
+    def __init__(self, tracker: Tracker, num_epochs: int, metric: str, stream: TextIO | None = None) -> None:
+        self._tracker, self._num_epochs, self._metric = tracker, num_epochs, metric
+        self._screen = Screen(stream)
+        self._evaluated = ""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._screen.say(line)
+
+    def log_progress(self, what: str, done: int, total: int) -> None:
+        self._tracker.log_progress(what, done, total)
+        self._screen.progress(what, done, total)
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
         self._tracker.log_evaluation(epoch, result)
@@ -61,8 +81,3 @@ class Console(Tracker):
         parts.append(f"{metrics['time/epoch_s']:.1f} s")
         self.say(f"epoch {epoch:>3}/{self._num_epochs}  {'  '.join(parts)}{self._evaluated}")
         self._evaluated = ""
-
-    def _clear(self) -> None:
-        if self._terminal and self._width:
-            self._stream.write(f"\r{'':<{self._width}}\r")
-            self._width = 0

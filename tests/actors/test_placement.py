@@ -32,6 +32,12 @@ def test_too_many_cpus_name_both_numbers() -> None:
         check(fake_config(), {"CPU": 1.0})
 
 
+def test_an_evaluation_needs_no_learners() -> None:
+    config = fake_config(learner={"num_cpus": 8})
+    check(config, {"CPU": 1.25}, training=False)
+    assert [row.role for row in needs(config, training=False)] == ["sampler", "reward-jpeg_compressibility"]
+
+
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"needs 2 GPUs \(learner 2 x 1\), the cluster has 0: .*num_gpus"):
         check(fake_config(learner={"num_gpus": 1}), {"CPU": 2.0})
