@@ -28,7 +28,17 @@ from nft_ray.config import ExperimentConfig, differences, dump, resolved
 from nft_ray.types import AdapterWeights, LearnerState
 
 PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
-MAY_DIFFER = ("run.num_epochs", "run.root", "run.keep_checkpoints", "run.checkpoint_every", "tracking.", "cluster.")
+MAY_DIFFER = (
+    "run.num_epochs",
+    "run.root",
+    "run.keep_checkpoints",
+    "run.checkpoint_every",
+    "model.conditioning_cache",
+    "model.precomputed",
+    "model.text_encoders",
+    "tracking.",
+    "cluster.",
+)
 """Keys under which a run may be resumed with another value: they change no weight."""
 PARTIAL = ".partial"
 

@@ -70,14 +70,27 @@ class ModelConfig(Section):
     path: str = "nano-sd3"
     """Folder in diffusers format, Hub id, or `nano-sd3`: the pipeline that comes with this package."""
     revision: str | None = None
+    """Branch, tag or commit of a Hub id. A commit is the same on every node and on every day."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the frozen weights. The LoRA is float32 always."""
+    text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the text encoders; null = `dtype`."""
+    text_encoders: Literal["resident", "offload"] = "resident"
+    """offload: on the GPU only while prompts are encoded, in host memory otherwise."""
+    conditioning_cache: Annotated[int, Field(ge=0)] = 512
+    """Encoded prompts that a sampler keeps in host memory (SD3.5 with 128 T5 tokens in 16 bit: 1.7 MB each)."""
+    precomputed: str | None = None
+    """Folder of encoded prompts, shared by all samplers; `nft-ray encode` fills it. With all prompts there, no text
+    encoder is loaded; one that is missing is encoded and added."""
     height: Positive = 32
     """Pixels."""
     width: Positive = 32
     """Pixels."""
     max_sequence_length: Annotated[int, Field(ge=0)] = 0
-    """T5 tokens; 0 = the pipeline has no T5 and is loaded without one."""
+    """Tokens of the long text encoder (SD3, FLUX: T5; Sana: Gemma). SD3 with 0 runs, and is loaded, without T5."""
+    distilled_guidance: Annotated[float, Field(ge=0)] | None = None
+    """What FLUX.1-dev's guidance embedding is told, in training and sampling alike; null = 3.5 there. It is not
+    classifier-free guidance."""
     lora: LoraConfig = LoraConfig()
 
 

@@ -1,14 +1,16 @@
 """What a model family must offer. One file per ARCHITECTURE; its name is what `model.family` says.
 
 The number 1000 (diffusion timesteps), latent scaling and packing live in those files only: everywhere else t is in
-[0, 1] with 1 = noise, and the velocity is noise - x0.
+[0, 1] with 1 = noise, latents are (C, H, W), and the velocity is noise - x0.
 """
 
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import diffusers
 import numpy as np
@@ -17,9 +19,10 @@ import transformers
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
+from nft_ray.models.download import folder_of, missing_parts, prepare
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
-NOT_FAMILIES = {"base", "lora", "lora_files"}
+NOT_FAMILIES = {"base", "conditioning", "download", "lora", "lora_files"}
 
 
 class FlowModel(Protocol):
@@ -38,7 +41,7 @@ class FlowModel(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of the prompts, batch len(prompts). Needs the text encoders."""
+        """Conditioning of the prompts, batch len(prompts); "" is the unconditional one. Needs the text encoders."""
         ...
 
     def decode(self, x0: torch.Tensor) -> np.ndarray:
@@ -46,7 +49,29 @@ class FlowModel(Protocol):
         ...
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
-        """The scheduler's own sigmas, f32 (num_steps + 1,), falling, the last one 0."""
+        """The pipeline's own sigmas, f32 (num_steps + 1,), falling, the last one 0."""
+        ...
+
+
+class Family(Protocol):
+    """What a family's module holds."""
+
+    PIPELINE: Any  # the diffusers pipeline that its LoRAs are exported for
+    LORA_TARGETS: tuple[str, ...]
+
+    @staticmethod
+    def text_parts(config: ModelConfig) -> tuple[str, ...]:
+        """Subfolders of the pipeline that hold the text encoders and tokenizers in use."""
+        ...
+
+    @staticmethod
+    def check(config: ModelConfig, folder: Path) -> None:
+        """ValueError with one line where the configuration does not fit the pipeline; reads JSON only."""
+        ...
+
+    @staticmethod
+    def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> FlowModel:
+        """The frozen pipeline in `config.dtype`."""
         ...
 
 
@@ -56,12 +81,23 @@ def families() -> list[str]:
     return sorted(found - NOT_FAMILIES)
 
 
+def family(config: ModelConfig) -> Any:
+    """The module of `config.family` (see `Family`); ValueError with the nearest name."""
+    if config.family not in families():
+        close = difflib.get_close_matches(config.family, families(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(families())}"
+        raise ValueError(f"model.family = {config.family!r}: unknown; {hint}")
+    return importlib.import_module(f"nft_ray.models.{config.family}")
+
+
 def load_model(config: ModelConfig, device: torch.device, *, transformer_only: bool = False) -> FlowModel:
     """Load a model family; learners load the transformer only (then `encode` and `decode` raise)."""
     quiet_libraries()
-    check_model(config)
-    module = importlib.import_module(f"nft_ray.models.{config.family}")
-    return module.load(config, device, transformer_only=transformer_only)
+    module = family(config)
+    folder = prepare(config, module.text_parts(config), transformer_only=transformer_only)
+    check_folder(config, folder, transformer_only=transformer_only)
+    model: FlowModel = module.load(config, folder, device, transformer_only=transformer_only)
+    return model
 
 
 def quiet_libraries() -> None:
@@ -73,12 +109,59 @@ def quiet_libraries() -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """ValueError with one line for an unknown family or a path that is neither a folder nor a Hub id."""
-    if config.family not in families():
-        close = difflib.get_close_matches(config.family, families(), 1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(families())}"
-        raise ValueError(f"model.family = {config.family!r}: unknown; {hint}")
-    importlib.import_module(f"nft_ray.models.{config.family}").check(config)
+    """ValueError with one line for what is known to be wrong before anything starts: family, path, files, sizes."""
+    family(config)
+    folder = folder_of(config)
+    if folder is not None:
+        check_folder(config, folder)
+
+
+def check_folder(config: ModelConfig, folder: Path, *, transformer_only: bool = False) -> None:
+    """ValueError with one line where a pipeline's folder lacks a part, or the configuration does not fit it."""
+    module = family(config)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"model.path = {config.path}: holds no model_index.json; name a pipeline in diffusers format")
+    pipeline, wanted = read_json(folder / "model_index.json").get("_class_name"), module.PIPELINE.__name__
+    if pipeline != wanted:
+        raise ValueError(f"model.path = {config.path}: is a {pipeline}; model.family {config.family} needs a {wanted}")
+    if config.distilled_guidance is not None and not hasattr(module, "DISTILLED_GUIDANCE"):
+        raise ValueError(
+            f"model.distilled_guidance = {config.distilled_guidance:g}: {config.family} has no guidance embedding; "
+            "leave it out"
+        )
+    module.check(config, folder)
+    missing = missing_parts(folder, () if transformer_only else module.text_parts(config), transformer_only)
+    if missing:
+        raise ValueError(f"model.path = {config.path}: lacks {missing[0]}; use a whole pipeline in diffusers format")
+
+
+def check_size(config: ModelConfig, multiple: int, largest: int | None = None) -> None:
+    """ValueError where height or width is no multiple of what one token covers, or above the largest (pixels)."""
+    for name in ("height", "width"):
+        pixels = getattr(config, name)
+        below, above = pixels // multiple * multiple, -(-pixels // multiple) * multiple
+        if below != above:
+            nearest = f"{below} or {above}" if below else str(above)
+            raise ValueError(f"model.{name} = {pixels}: must be a multiple of {multiple} pixels; nearest: {nearest}")
+        if largest is not None and pixels > largest:
+            raise ValueError(
+                f"model.{name} = {pixels}: this model's positions end at {largest} pixels; use at most that"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a pipeline; ValueError with one line."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return data
+
+
+def uint8_images(pixels: torch.Tensor) -> np.ndarray:
+    """A VAE's output (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), with diffusers' own rounding."""
+    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def repeat(conditioning: Conditioning, index: torch.Tensor) -> Conditioning:

@@ -4,22 +4,17 @@ Text goes through the pipeline's own `encode_prompt`, sigmas come from its own s
 shift and scale: so what is trained here is what plain diffusers runs afterwards.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from nft_ray.config import ModelConfig
-from nft_ray.models.base import Conditioning
+from nft_ray.models.base import Conditioning, check_size, read_json, uint8_images
+from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
-
-log = logging.getLogger(__name__)
 
 PIPELINE = StableDiffusion3Pipeline
 TIMESTEPS = 1000.0
@@ -34,7 +29,7 @@ LORA_TARGETS = (
     "attn.to_v",
 )
 """As published for DiffusionNFT on SD3.5-medium (NVlabs/DiffusionNFT, config/nft.py)."""
-NANO = "nano-sd3"
+MAX_TOKENS = 512
 PROBE_TOKENS = 8
 
 
@@ -48,15 +43,14 @@ class SD3:
         transformer: SD3Transformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         latent_shape: tuple[int, ...],
-        pipeline: StableDiffusion3Pipeline | None,
-        max_sequence_length: int,
+        vae: AutoencoderKL | None,
+        text: Conditioner | None,
     ) -> None:
         self.transformer = transformer
         self.latent_shape = latent_shape
         self._config = transformer.config
         self._scheduler = scheduler
-        self._pipeline = pipeline
-        self._max_sequence_length = max_sequence_length
+        self._vae, self._text = vae, text
         self._dtype: torch.dtype = transformer.dtype
         self._device: torch.device = transformer.device
 
@@ -83,79 +77,83 @@ class SD3:
         x = noise([mix("probe", "x")], self.latent_shape).to(self._device)
         return x, torch.full((1,), 0.5, device=self._device), conditioning
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Both CLIP encoders and, where the pipeline has one, T5; batch len(prompts)."""
-        embeds, _, pooled, _ = self._loaded().encode_prompt(
-            list(prompts),
-            None,
-            None,
-            device=self._device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self._max_sequence_length,
-        )
-        return {"prompt_embeds": embeds.to(self._dtype), "pooled_prompt_embeds": pooled.to(self._dtype)}
+        """Both CLIP encoders and, unless `max_sequence_length` is 0, T5; batch len(prompts)."""
+        assert self._text is not None, "a learner's model has no text encoders"
+        return self._text.encode(prompts)
 
     @torch.no_grad()
     def decode(self, x0: torch.Tensor) -> np.ndarray:
-        """Latents -> uint8 NHWC, with the VAE's shift and scale and diffusers' own rounding."""
-        vae = self._loaded().vae
-        latents = x0 / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-        pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
-        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        """Latents -> uint8 NHWC, with the VAE's shift and scale."""
+        assert self._vae is not None, "a learner's model has no VAE"
+        latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor
+        return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """What diffusers' own pipeline would step through, f32 (num_steps + 1,)."""
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.clone()
 
-    def _loaded(self) -> StableDiffusion3Pipeline:
-        assert self._pipeline is not None, "a learner's model has no text encoders and no VAE"
-        return self._pipeline
+
+class _Text:
+    """The pipeline's text encoders, with or without T5."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int) -> None:
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        self.modules = [encoder for encoder in encoders if encoder is not None]
+        self._pipeline, self._max_sequence_length = pipeline, max_sequence_length
+
+    def __call__(self, prompt: str, device: torch.device) -> Conditioning:
+        embeds, _, pooled, _ = self._pipeline.encode_prompt(
+            [prompt],
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_sequence_length,
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def location(path: str) -> str:
-    """Where to load from: the packaged pipeline for `nano-sd3`, else the path or Hub id itself."""
-    return str(Path(__file__).parents[1] / "shapes" / "nano_sd3") if path == NANO else path
+def text_parts(config: ModelConfig) -> tuple[str, ...]:
+    """The subfolders in use; T5 is the third encoder."""
+    parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    return (*parts, "text_encoder_3", "tokenizer_3") if config.max_sequence_length else parts
 
 
-def check(config: ModelConfig) -> None:
-    """ValueError where model.path cannot be a pipeline: before anything starts."""
-    path = Path(location(config.path))
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ValueError(
-                f"model.path = {config.path}: holds no model_index.json; name a pipeline in diffusers format"
-            )
-        return
-    looks_like_folder = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    try:
-        validate_repo_id(config.path)
-    except HFValidationError:
-        looks_like_folder = True
-    if looks_like_folder:
-        raise ValueError(f"model.path = {config.path}: no such folder; name a folder, a Hub id or {NANO}")
+def check(config: ModelConfig, folder: Path) -> None:
+    """ValueError for a size that is no whole number of tokens, or T5 tokens of a pipeline without T5."""
+    transformer = read_json(folder / "transformer" / "config.json")
+    token = _factor(folder) * transformer["patch_size"]
+    check_size(config, token, token * transformer["pos_embed_max_size"])
+    has_t5 = read_json(folder / "model_index.json").get("text_encoder_3", [None])[0] is not None
+    if config.max_sequence_length and not has_t5:
+        raise ValueError(f"model.max_sequence_length = {config.max_sequence_length}: this pipeline has no T5; use 0")
+    if config.max_sequence_length > MAX_TOKENS:
+        raise ValueError(f"model.max_sequence_length = {config.max_sequence_length}: use at most {MAX_TOKENS}")
 
 
-def load(config: ModelConfig, device: torch.device, *, transformer_only: bool = False) -> SD3:
+def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> SD3:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
-    path, dtype = location(config.path), getattr(torch, config.dtype)
-    source: dict[str, Any] = {"revision": config.revision}
-    if transformer_only:
-        pipeline = None
-        transformer = SD3Transformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **source)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", **source)
-        vae_config = AutoencoderKL.load_config(path, subfolder="vae", **source)
-    else:
-        without_t5 = {} if config.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **without_t5, **source).to(device)
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-            if part is not None:
-                part.requires_grad_(False).eval()
-        pipeline.vae.to(memory_format=torch.channels_last)
-        transformer, scheduler, vae_config = pipeline.transformer, pipeline.scheduler, pipeline.vae.config
+    dtype = getattr(torch, config.dtype)
+    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    factor = _factor(folder)
     shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
-    return SD3(transformer, scheduler, shape, pipeline, config.max_sequence_length)
+    if transformer_only:
+        return SD3(transformer, scheduler, shape, None, None)
+
+    def load_text(dtype: torch.dtype) -> _Text:
+        without_t5 = {} if config.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
+        parts = {"transformer": transformer, "scheduler": scheduler, "vae": None, **without_t5}
+        return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
+
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
+    vae.to(memory_format=torch.channels_last)
+    return SD3(transformer, scheduler, shape, vae, conditioner(config, folder, device, load_text))
+
+
+def _factor(folder: Path) -> int:
+    """Pixels per latent along one side."""
+    return 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)

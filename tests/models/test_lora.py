@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.models.base import load_model
+from nft_ray.models.download import location
 from nft_ray.models.lora import (
     assign,
     attach,
@@ -19,7 +20,7 @@ from nft_ray.models.lora import (
     random_weights,
     unmerged,
 )
-from nft_ray.models.sd3 import LORA_TARGETS, location
+from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.sampler import SamplerCore
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest
@@ -91,7 +92,7 @@ def test_plain_diffusers_draws_the_same_image_with_the_exported_lora(tmp_path: P
     ours = _our_images(weights, seeds, text)
 
     export_lora(weights, config.model, tmp_path)
-    plain = StableDiffusion3Pipeline.from_pretrained(location("nano-sd3"), text_encoder_3=None, tokenizer_3=None)
+    plain = StableDiffusion3Pipeline.from_pretrained(str(location("nano-sd3")), text_encoder_3=None, tokenizer_3=None)
     plain.set_progress_bar_config(disable=True)
 
     def draw() -> np.ndarray:
