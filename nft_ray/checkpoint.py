@@ -95,13 +95,13 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _save_error(target, error) from error
-        for old in self._whole()[: -self.keep]:
+        for old in whole_checkpoints(target.parent)[: -self.keep]:
             shutil.rmtree(old)
         return target
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None."""
-        whole = self._whole()
+        whole = whole_checkpoints(self.path / "checkpoints")
         if not whole:
             return None
         path = whole[-1]
@@ -123,10 +123,6 @@ class RunFolder:
         )
         return Checkpoint(epoch=facts["epoch"], state=state, path=path)
 
-    def _whole(self) -> list[Path]:
-        found = (self.path / "checkpoints").glob("epoch-*")
-        return sorted(path for path in found if path.suffix != PARTIAL and (path / "state.json").is_file())
-
     def _facts(self, epoch: int, state: LearnerState) -> dict[str, Any]:
         config, run_id = self.path / "config.yaml", self.path / "mlflow_run_id.txt"
         return {
@@ -139,6 +135,12 @@ class RunFolder:
             "packages": package_versions(),
             "config": yaml.safe_load(config.read_text()) if config.exists() else None,
         }
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """RUN/checkpoints/epoch-000010, ...: those that are complete, oldest first."""
+    found = folder.glob("epoch-*")
+    return sorted(path for path in found if path.suffix != PARTIAL and (path / "state.json").is_file())
 
 
 def run_root(config: ExperimentConfig, environment: Mapping[str, str]) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.types import EvalResult, Rewards, RolloutRequest
+from nft_ray.types import EvalResult, Prompt, Rewards, RolloutRequest
 
 
 def summarise(
@@ -22,22 +22,40 @@ def summarise(
 ) -> EvalResult:
     """Mean per reward (`geneval`), detail (`geneval/strict`) and, where lines have it, tag (`.../strict/colors`)."""
     prompts = [item.prompt for request in requests for item in request.items for _ in range(item.num_images)]
-    tags = np.array([str(prompt.metadata.get("tag", "")) for prompt in prompts])
-    metrics: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    names = sorted({name for r in rewards for name in (*r.raw, *r.details)})
+    values = {name: np.concatenate([r.values(name) for r in rewards]) for name in names}
+    found = by_metric(values, [tag_of(prompt) for prompt in prompts])
     right: dict[int, bool] = {}
-    for name in sorted({name for r in rewards for name in (*r.raw, *r.details)}):
-        values = np.concatenate([r.values(name) for r in rewards])
+    for name in names:
         if name.endswith("/strict"):
-            lines = zip(prompts, values.tolist(), strict=True)
+            lines = zip(prompts, values[name].tolist(), strict=True)
             right |= {prompt.id: value == 1 for prompt, value in lines if prompt.id in images}
-        for tag in ("", *sorted(set(tags) - {""})):
-            chosen = values[np.isfinite(values) & ((tags == tag) | (tag == ""))]
-            key = f"{name}/{tag}" if tag else name
-            counts[key] = len(chosen)
-            if len(chosen):
-                metrics[key] = float(chosen.mean())
-    return EvalResult(metrics=metrics, counts=counts, images=dict(images), seconds=seconds, right=right)
+    present = {key: chosen[np.isfinite(chosen)] for key, chosen in found.items()}
+    return EvalResult(
+        metrics={key: float(chosen.mean()) for key, chosen in present.items() if len(chosen)},
+        counts={key: len(chosen) for key, chosen in present.items()},
+        images=dict(images),
+        seconds=seconds,
+        right=right,
+    )
+
+
+def tag_of(prompt: Prompt) -> str:
+    """GenEval's tag of a line, or nothing."""
+    return str(prompt.metadata.get("tag", ""))
+
+
+def by_metric(values: Mapping[str, np.ndarray], tags: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reward or detail -> (N,) becomes metric -> the lines behind it: `geneval/strict`, `geneval/strict/colors`, ...
+
+    NaN stays: a missing score belongs to its metric, too.
+    """
+    of = np.array(tags)
+    return {
+        f"{name}/{tag}" if tag else name: lines[(of == tag) | (tag == "")]
+        for name, lines in values.items()
+        for tag in ("", *sorted(set(tags) - {""}))
+    }
 
 
 def save_evaluation(folder: Path, epoch: int, result: EvalResult) -> None:

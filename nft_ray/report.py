@@ -17,6 +17,7 @@ from nft_ray.types import EvalResult
 
 SHOWN_PX = 160
 """Small images are enlarged by a whole factor to about this."""
+THUMBNAIL_PX = 256
 WIDTH_PX = 1400
 GAP = 12
 MARGIN = 24
@@ -68,6 +69,48 @@ def contact_sheet(images: Mapping[int, np.ndarray]) -> Image.Image:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, ((i % columns) * (width + GAP), (i // columns) * (height + GAP)))
     return sheet
+
+
+def captioned_sheet(
+    images: Mapping[int, np.ndarray],
+    captions: Mapping[int, Sequence[str]],
+    path: Path | str,
+    *,
+    right: Mapping[int, bool] | None = None,
+) -> None:
+    """Write a PNG: every image, at most THUMBNAIL_PX wide and high, below its captions (the prompt, then the score).
+
+    `right`: line -> is it what was asked for, drawn as in `before_after`.
+    """
+    font = ImageFont.load_default(CAPTION_PX)
+    tiles = {line: thumbnail(images[line]) for line in sorted(images)}
+    width, height = max(t.width for t in tiles.values()), max(t.height for t in tiles.values())
+    columns = balanced(len(tiles), max(1, (WIDTH_PX - 2 * MARGIN) // (width + GAP)))
+    texts = {line: [part for text in captions[line] for part in wrapped(text, font, width)] for line in tiles}
+    pitch, lines = round(CAPTION_PX * 1.25), list(tiles)
+    rows = [lines[start : start + columns] for start in range(0, len(lines), columns)]
+    tops = [pitch * max(len(texts[line]) for line in row) + GAP // 2 for row in rows]
+    size = (2 * MARGIN + columns * (width + GAP) - GAP, 2 * MARGIN + sum(tops) + len(rows) * (height + GAP) - GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    draw, y = ImageDraw.Draw(sheet), MARGIN
+    for row, top in zip(rows, tops, strict=True):
+        for column, line in enumerate(row):
+            x, tile = MARGIN + column * (width + GAP), tiles[line]
+            first = y + top - GAP // 2 - pitch * len(texts[line])
+            for i, text in enumerate(texts[line]):
+                draw.text((x + width // 2, first + i * pitch), text, font=font, fill=INK, anchor="ma")
+            sheet.paste(tile, (x, y + top))
+            box = (x, y + top, x + tile.width - 1, y + top + tile.height - 1)
+            _mark(draw, box, (right or {}).get(line))
+        y += top + height + GAP
+    sheet.save(path, optimize=True)
+
+
+def thumbnail(image: np.ndarray) -> Image.Image:
+    """`enlarged`, or made smaller where it is larger than THUMBNAIL_PX."""
+    shown = enlarged(image)
+    shown.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return shown
 
 
 def enlarged(image: np.ndarray) -> Image.Image:
@@ -197,6 +240,23 @@ def table(
         shown.append(f"{labels[name]:<{width}}  {count:>6}  {cells}")
     if marked:
         shown.append("* prompts of this tag also occur in training: not held out. The overall figures count them.")
+    return "\n".join(shown)
+
+
+def evaluation_table(summary: Mapping[str, Mapping[str, float | int | None]]) -> str:
+    """Mean and 95 % interval of the overall metrics, then per tag; how many lines stand behind each, how many miss."""
+    names = _rows(summary)
+    width = max(len(name) for name in [*names, "metric"])
+    missing = any(summary[name]["missing"] for name in names)
+    shown = [
+        f"{'metric':<{width}}  {'lines':>6}  {'mean':>9}  {'95 % interval':>20}" + ("  missing" if missing else "")
+    ]
+    shown.append("-" * len(shown[0]))
+    for name in names:
+        row = summary[name]
+        mean, low, high = (math.nan if row[key] is None else float(row[key] or 0) for key in ("mean", "low", "high"))
+        cells = f"{row['count']:>6}  {_number(mean):>9}  {f'{_number(low)} to {_number(high)}':>20}"
+        shown.append(f"{name:<{width}}  {cells}" + (f"  {row['missing']:>7}" if missing else ""))
     return "\n".join(shown)
 
 

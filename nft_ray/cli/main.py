@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from nft_ray.cli.rewards import add_parser, rewards
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        return rewards(args) if args.command == "rewards" else _train(args)
+        return rewards(args) if args.command == "rewards" else _heavy(args)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except FAILURES as error:
@@ -50,15 +51,41 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the resolved YAML and the placement; start nothing"
     )
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    _add_evaluate(commands)
     add_parser(commands)
     return root
 
 
-def _train(args: argparse.Namespace) -> int:
+def _add_evaluate(commands: Any) -> None:
+    command = commands.add_parser("evaluate", help="a LoRA, or the base model, on a prompt set; or compare two")
+    command.add_argument("config", nargs="?", help="the experiment: its model, samplers and rewards")
+    command.add_argument("--lora", help="run, checkpoint, LoRA folder or file, Hub id (default: the base model)")
+    command.add_argument("--dataset", help="geneval, ocr, pickscore, drawbench or a file (default: prompts.test)")
+    command.add_argument("--rewards", metavar="A,B", help="default: the data set's, else the experiment's")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field")
+    command.add_argument("--guidance", type=float, help="default: evaluation.guidance")
+    command.add_argument("--steps", type=int, help="default: evaluation.num_steps")
+    command.add_argument("--solver", help="default: evaluation.solver")
+    command.add_argument("--resolution", type=int, metavar="PX", help="height and width (default: the model's)")
+    command.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: model.dtype")
+    command.add_argument("--seed", type=int, help="noise of line i is a function of this and i (evaluation.seed)")
+    command.add_argument("--save-images", action="store_true", help="every image, as DIR/images/000123.png")
+    command.add_argument("--output", metavar="DIR", help="where results go, and are gone on with after a kill")
+    command.add_argument("--overwrite", action="store_true", help="replace another evaluation in DIR")
+    command.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two such folders: B minus A, line by line")
+    command.add_argument("--address", help="join this Ray cluster (`auto` finds a local one) instead of starting one")
+    command.add_argument("--local", action="store_true", help="everything in this process, without Ray")
+
+
+def _heavy(args: argparse.Namespace) -> int:
     from nft_ray.cli.train import Interrupted, train  # brings torch: seconds that no other command should wait
 
     try:
-        return train(args)
+        if args.command == "train":
+            return train(args)
+        from nft_ray.cli.evaluate import evaluate_command
+
+        return evaluate_command(args)
     except Interrupted as error:
         return _fail(str(error), 130)
 

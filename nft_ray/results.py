@@ -1,0 +1,245 @@
+"""The folder of one evaluation: a line per prompt, appended as it is scored: a kill loses only what was in work.
+
+    DIR/evaluation.json      what was evaluated: settings, prompts, LoRA; another evaluation is refused
+    DIR/results.jsonl        line, prompt, seed, scores, details; in the order of lines once it is complete
+    DIR/images/000123.png    the pictures that were asked for
+    DIR/summary.json         metric -> mean, 95 % interval, count, missing
+
+A batch is written after its pictures, whole: resumed, every other batch is drawn again exactly as it was, so killed
+and resumed gives the same bytes. Nothing in results.jsonl depends on time, worker or order of arrival.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nft_ray.bootstrap import interval
+from nft_ray.checkpoint import PARTIAL, package_versions, write_atomically
+from nft_ray.config import ExperimentConfig, LoraConfig, differences
+from nft_ray.evaluation import by_metric, tag_of
+from nft_ray.prompts import PromptSet
+from nft_ray.rewards.base import RewardConfig
+from nft_ray.types import Rewards, RolloutRequest
+
+IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (
+    "evaluation.json",
+    "results.jsonl",
+    "summary.json",
+    "contact_sheet.png",
+    "compare.json",
+)
+WHERE_NOT_WHAT = {"device", "weights", "urls", "server", "micro_batch_size"}
+"""Fields of a reward's section that say where it runs: a score does not depend on them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineResult:
+    """One line of results.jsonl. A score or detail that could not be had is None, never 0."""
+
+    line: int
+    prompt: str
+    tag: str
+    seed: int
+    scores: dict[str, float | None]
+    details: dict[str, float | None]
+
+    @property
+    def missing(self) -> list[str]:
+        """The rewards that could not be had."""
+        return [name for name, score in self.scores.items() if score is None]
+
+
+class EvaluationFolder:
+    """Results of one evaluation, and only of that one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def claim(self, identity: Mapping[str, Any], about: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+        """Make the folder this evaluation's, or see that it is, and keep others out until the end.
+
+        ValueError lists what differs where it holds another evaluation, or says that one is at work there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--output {self.path}: another evaluation is at work there") from None
+            if overwrite:
+                self._clear()
+            self._check(identity)
+            text = json.dumps({"identity": identity, "about": about}, indent=1)
+            write_atomically(self.path / IDENTITY, text + "\n")
+            yield
+
+    def results(self) -> list[LineResult]:
+        """Every whole line, in the order of the file; what a kill cut off at its end is left out."""
+        return read_results(self.path, whole=False)
+
+    def append(self, batch: Iterable[LineResult]) -> None:
+        """Add the lines of a finished batch."""
+        with (self.path / RESULTS).open("a", encoding="utf-8") as file:
+            file.write("".join(map(_encoded, batch)))
+
+    def replace(self, results: Iterable[LineResult]) -> None:
+        """Write the file anew, in the order of lines."""
+        lines = sorted(results, key=lambda result: result.line)
+        write_atomically(self.path / RESULTS, "".join(map(_encoded, lines)))
+
+    def image_path(self, line: int) -> Path:
+        return self.path / "images" / f"{line:06d}.png"
+
+    def save_image(self, line: int, image: np.ndarray) -> None:
+        """uint8 (H, W, 3), whole or not at all."""
+        path = self.image_path(line)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        Image.fromarray(image).save(partial, format="png")
+        partial.replace(path)
+
+    def image(self, line: int) -> np.ndarray:
+        with Image.open(self.image_path(line)) as image:
+            return np.asarray(image.convert("RGB"))
+
+    def _check(self, identity: Mapping[str, Any]) -> None:
+        if (self.path / IDENTITY).exists():
+            before = read_identity(self.path)
+            if changed := differences(before, identity):
+                shown = ", ".join(f"{key} = {_at(before, key)!r} there" for key in changed[:4])
+                raise ValueError(
+                    f"--output {self.path}: holds another evaluation (differs in: {shown}): choose another folder, or "
+                    "replace it with --overwrite"
+                )
+        elif (self.path / RESULTS).exists():
+            raise ValueError(f"--output {self.path}: holds {RESULTS} without {IDENTITY}; choose another folder")
+
+    def _clear(self) -> None:
+        """Remove what an evaluation writes, and nothing else: the folder may hold other things."""
+        images = self.path.glob("images/*.png")
+        for path in [*(self.path / name for name in (RESULTS, SUMMARY, SHEET, IDENTITY)), *images]:
+            path.unlink(missing_ok=True)
+
+
+def read_results(folder: Path, *, whole: bool = True) -> list[LineResult]:
+    """The lines of FOLDER/results.jsonl; ValueError where one is damaged, unless it is a torn end and not `whole`."""
+    path = folder / RESULTS
+    if not path.exists():
+        if whole:
+            raise ValueError(f"{folder}: holds no {RESULTS}; name the folder of an evaluation")
+        return []
+    found: list[LineResult] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                found.append(LineResult(**json.loads(line)))
+        except (ValueError, TypeError):
+            if whole or number < len(lines):
+                raise ValueError(f"{path}, line {number}: is no result; the file was changed or damaged") from None
+    return found
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What FOLDER/evaluation.json says was evaluated."""
+    try:
+        identity: dict[str, Any] = json.loads((folder / IDENTITY).read_text())["identity"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: holds no {IDENTITY}; name the folder of an evaluation") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / IDENTITY}: cannot be read; the file was changed or damaged") from None
+    return identity
+
+
+def identity(
+    config: ExperimentConfig, prompts: PromptSet, lora: LoraConfig | None, checksum: str | None
+) -> dict[str, Any]:
+    """Everything that a result depends on, as plain data: two evaluations are one where this is equal."""
+    own = {
+        name: section.model_dump(mode="json", exclude=set(RewardConfig.model_fields) | WHERE_NOT_WHAT)
+        for name, section in config.reward_configs.items()
+    }
+    evaluation = config.evaluation.model_dump(mode="json", exclude={"every", "picture_lines"})
+    return {
+        "model": config.model.model_dump(mode="json", exclude={"lora"}),
+        "lora": None if lora is None else {"checksum": checksum, "rank": lora.rank, "alpha": lora.alpha},
+        "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
+        "evaluation": evaluation | {"micro_batch_size": config.sampler.micro_batch_size},
+        "rewards": own,
+    }
+
+
+def about(config: ExperimentConfig, source: str | None) -> dict[str, Any]:
+    """What a person wants to know besides: names and versions."""
+    return {"prompts": config.prompts.test, "lora": source, "versions": package_versions()}
+
+
+def line_results(request: RolloutRequest, rewards: Rewards) -> list[LineResult]:
+    """One evaluation request (one image per item) with its scores, as lines."""
+    return [
+        LineResult(
+            line=item.prompt.id,
+            prompt=item.prompt.text,
+            tag=tag_of(item.prompt),
+            seed=item.seeds[0],
+            scores={name: _number(values[i]) for name, values in sorted(rewards.raw.items())},
+            details={name: _number(values[i]) for name, values in sorted(rewards.details.items())},
+        )
+        for i, item in enumerate(request.items)
+    ]
+
+
+def values_by_metric(results: Sequence[LineResult]) -> dict[str, np.ndarray]:
+    """Metric -> f64 (lines,), NaN where missing; `results` in the order of lines."""
+    names = sorted({name for result in results for name in (*result.scores, *result.details)})
+    return by_metric(
+        {name: np.array([_value(result, name) for result in results]) for name in names},
+        [result.tag for result in results],
+    )
+
+
+def summarise_results(results: Sequence[LineResult]) -> dict[str, dict[str, float | int | None]]:
+    """What summary.json holds: metric -> mean, the 95 % interval around it, lines with a score and without."""
+    summary: dict[str, dict[str, float | int | None]] = {}
+    for metric, values in values_by_metric(results).items():
+        present = values[np.isfinite(values)]
+        low, high = interval(present) if len(present) else (None, None)
+        mean = float(present.mean()) if len(present) else None
+        missing = len(values) - len(present)
+        summary[metric] = {"mean": mean, "low": low, "high": high, "count": len(present), "missing": missing}
+    return summary
+
+
+def _value(result: LineResult, name: str) -> float:
+    found = result.scores.get(name, result.details.get(name))
+    return math.nan if found is None else found
+
+
+def _number(value: np.floating) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _encoded(result: LineResult) -> str:
+    return json.dumps(asdict(result), ensure_ascii=False) + "\n"
+
+
+def _digest(prompts: PromptSet) -> str:
+    lines = [[prompt.text, dict(prompt.metadata)] for prompt in prompts.lines]
+    return hashlib.blake2b(json.dumps(lines, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tree
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,236 @@
+"""`nft-ray evaluate` in this process: what counts, what is refused, what is asked for again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from PIL import Image
+
+import nft_ray.local
+from nft_ray.cli.evaluate import announced
+from nft_ray.cli.main import main
+from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.models.base import load_model
+from nft_ray.models.lora import numpy_weights, peft_config, random_weights, read_lora
+from nft_ray.models.sd3 import LORA_TARGETS
+from nft_ray.rewards.base import Scores
+from nft_ray.sampler import SamplerCore
+from nft_ray.seeding import evaluation_seed
+from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest
+from tests.examples import QUICKSTART, SMALL, example_config
+
+SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
+TEXTS = ["a photo of a circle", "a photo of two crosses", "a photo of a red square", "a photo of a blue star", "x"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(TEXTS))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of rank 6 as peft writes it, in the published layout: checkpoint-40/lora."""
+    folder = tmp_path_factory.mktemp("published") / "checkpoint-40"
+    transformer = load_model(ModelConfig(), torch.device("cpu"), transformer_only=True).transformer
+    model = peft.get_peft_model(transformer, peft_config(LoraConfig(rank=6, alpha=9), LORA_TARGETS))
+    parameters = {name: value for name, value in model.named_parameters() if ".lora_" in name}
+    weights = random_weights(numpy_weights(parameters), seed=3)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(torch.from_numpy(0.5 * weights[name]))
+    model.save_pretrained(str(folder / "lora"))
+    return folder
+
+
+def run(prompts: str, output: Path, *arguments: str) -> int:
+    rewards = ("--rewards", "jpeg_compressibility", "--set", "evaluation.batch_size=2")
+    command = ["evaluate", str(QUICKSTART), "--local", "--dataset", prompts, "--output", str(output), *SETTINGS]
+    return main([*command, *rewards, *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    assert status == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1, errors
+    return errors[0]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def settings(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "evaluation.json").read_text())["identity"])
+
+
+def test_the_base_model_on_a_file(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(prompts, tmp_path / "out", "--save-images") == 0
+    found = lines(tmp_path / "out")
+    assert [line["prompt"] for line in found] == TEXTS
+    assert [line["seed"] for line in found] == [evaluation_seed(0, line) for line in range(5)]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    scores = [line["scores"]["jpeg_compressibility"] for line in found]
+    assert summary.keys() == {"jpeg_compressibility"}
+    assert summary["jpeg_compressibility"]["mean"] == float(np.mean(scores))
+    assert summary["jpeg_compressibility"]["low"] < np.mean(scores) < summary["jpeg_compressibility"]["high"]
+    assert "jpeg_compressibility" in capsys.readouterr().out
+    images = sorted((tmp_path / "out" / "images").iterdir())
+    assert [path.name for path in images] == [f"00000{line}.png" for line in range(5)]
+    items = tuple(
+        RolloutItem(group_id=i, prompt=Prompt(id=i, text=text), seeds=(evaluation_seed(0, i),))
+        for i, text in enumerate(TEXTS[:2])
+    )
+    request = RolloutRequest(epoch=0, items=items, adapter="reference", policy_version=0, split="eval")
+    wanted = SamplerCore(example_config()).rollout(request)[1]
+    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(path)) for path in images[:2]]), wanted)
+    assert min(Image.open(tmp_path / "out" / "contact_sheet.png").size) > 150
+
+
+def test_a_lora_of_the_published_layout_with_its_own_rank(prompts: str, tmp_path: Path, published: Path) -> None:
+    """CONFIG says rank 4 and alpha 8; the file says 6 and 9."""
+    assert run(prompts, tmp_path / "out", "--lora", str(published), "--save-images") == 0
+    assert settings(tmp_path / "out")["lora"] | {"checksum": ""} == {"checksum": "", "rank": 6, "alpha": 9}
+    weights, lora = read_lora(published)
+    config = example_config("model.lora.rank=6", "model.lora.alpha=9")
+    core = SamplerCore(config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})}))
+    core.load(announced(weights), AdapterWeights(old=weights, ema=weights))
+    items = tuple(
+        RolloutItem(group_id=i, prompt=Prompt(id=i, text=TEXTS[i]), seeds=(evaluation_seed(0, i),)) for i in (2, 3)
+    )
+    request = RolloutRequest(epoch=0, items=items, adapter="ema", policy_version=0, split="eval")
+    images = [np.asarray(Image.open(tmp_path / "out" / "images" / f"00000{line}.png")) for line in (2, 3)]
+    np.testing.assert_array_equal(np.stack(images), core.rollout(request)[1])
+
+
+def test_the_options_are_the_settings(prompts: str, tmp_path: Path) -> None:
+    options = ["--guidance", "2.5", "--steps", "3", "--solver", "dpm2", "--resolution", "16", "--precision", "bf16"]
+    assert run(prompts, tmp_path / "out", *options, "--seed", "5") == 0
+    found = settings(tmp_path / "out")
+    asked = {"guidance": 2.5, "num_steps": 3, "solver": "dpm2", "seed": 5}
+    assert found["evaluation"] | asked == found["evaluation"]
+    assert (found["model"]["dtype"], found["model"]["height"], found["model"]["width"]) == ("bfloat16", 16, 16)
+    assert Image.open(tmp_path / "out" / "images" / "000000.png").size == (16, 16)
+    assert lines(tmp_path / "out")[1]["seed"] == evaluation_seed(5, 1)
+
+
+def test_two_evaluations_are_not_mixed(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(prompts, tmp_path / "out") == 0
+    before = lines(tmp_path / "out")
+    capsys.readouterr()
+    line = refused(capsys, run(prompts, tmp_path / "out", "--seed", "1"))
+    assert "evaluation.seed = 0 there" in line
+    assert "--overwrite" in line
+    assert lines(tmp_path / "out") == before
+    assert run(prompts, tmp_path / "out", "--seed", "1", "--overwrite") == 0
+    assert lines(tmp_path / "out") != before
+
+
+def test_a_finished_evaluation_draws_nothing_again(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(prompts, tmp_path / "out") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    monkeypatch.setattr(nft_ray.local, "SamplerCore", None)
+    assert run(prompts, tmp_path / "out") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+class Flaky:
+    """A reward that cannot score images of one prompt, as long as `away` says so."""
+
+    away = True
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        values = [
+            np.nan if self.away and prompt == "x" else float(image.mean())
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        return Scores(values=np.array(values, np.float32))
+
+
+def test_a_missing_reward_is_null_and_asked_for_again(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nft_ray.local, "load_reward", lambda name, section: Flaky())
+    some = ("--set", "scorers.max_missing_fraction=0.5")
+    line = refused(capsys, run(prompts, tmp_path / "out"))
+    assert "1 of 5 lines miss a reward" in line
+    assert run(prompts, tmp_path / "out", *some) == 0
+    assert "1 of 5 lines miss a reward" in capsys.readouterr().out
+    assert [line["scores"]["jpeg_compressibility"] is None for line in lines(tmp_path / "out")] == [False] * 4 + [True]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["jpeg_compressibility"]["count"], summary["jpeg_compressibility"]["missing"]) == (4, 1)
+    monkeypatch.setattr(Flaky, "away", False)
+    assert run(prompts, tmp_path / "out") == 0
+    assert None not in [line["scores"]["jpeg_compressibility"] for line in lines(tmp_path / "out")]
+    assert run(prompts, tmp_path / "whole") == 0
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == (tmp_path / "whole" / "results.jsonl").read_bytes()
+
+
+def test_comparing(prompts: str, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run(prompts, a) == 0
+    assert run(prompts, b, "--lora", str(published)) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "they differ in: lora" in shown
+    found = json.loads((b / "compare.json").read_text())["metrics"]["jpeg_compressibility"]
+    change = [
+        y["scores"]["jpeg_compressibility"] - x["scores"]["jpeg_compressibility"]
+        for x, y in zip(lines(a), lines(b), strict=True)
+    ]
+    assert found["difference"] == float(np.mean(change))
+    assert (found["better"], found["worse"]) == (sum(c > 0 for c in change), sum(c < 0 for c in change))
+    assert run(prompts, tmp_path / "c", "--seed", "9") == 0
+    line = refused(capsys, main(["evaluate", "--compare", str(a), str(tmp_path / "c")]))
+    assert "line 0: seed is" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewards", "jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
+        (["--rewards", "geneval"], "not GenEval metadata"),
+        (["--dataset", "/nowhere.txt"], "/nowhere.txt: no such file"),
+        (["--dataset", "shapes/tset"], "did you mean shapes/test?"),
+        (["--lora", "/nowhere"], "/nowhere: no such file or folder"),
+        (["--guidance", "0.5"], "evaluation.guidance = 0.5"),
+        (["--solver", "eular"], "evaluation.solver = 'eular'"),
+        (["--set", "evaluation.sed=1"], "did you mean seed?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    arguments: list[str], message: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, run(prompts, tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_that_changes_nothing_is_refused(
+    prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = load_model(ModelConfig(), torch.device("cpu"), transformer_only=True).transformer
+    peft.get_peft_model(transformer, peft_config(LoraConfig(), LORA_TARGETS)).save_pretrained(str(tmp_path / "fresh"))
+    line = refused(capsys, run(prompts, tmp_path / "out", "--lora", str(tmp_path / "fresh")))
+    assert "every lora_B is 0" in line
+
+
+def test_what_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs CONFIG and --output DIR" in refused(capsys, main(["evaluate", str(QUICKSTART)]))
+
+
+def test_a_run_without_a_checkpoint(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("run: {name: x}")
+    assert "no checkpoint is there yet" in refused(
+        capsys, run(prompts, tmp_path / "o", "--lora", str(tmp_path / "run"))
+    )

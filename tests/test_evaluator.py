@@ -1,0 +1,132 @@
+"""Every line once, a bound on what is in flight, and what is done again after a kill."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nft_ray.evaluator import evaluate, open_requests, spaced
+from nft_ray.prompts import PromptSet
+from nft_ray.results import EvaluationFolder
+from nft_ray.rewards.base import Scores
+from nft_ray.rewards.combine import assemble
+from nft_ray.roles import EvaluationRoles
+from nft_ray.types import Adapters, Prompt, Rewards, Rollout, RolloutInfo, RolloutRequest
+from tests.fakes import fake_config
+
+CONFIG = fake_config(
+    evaluation={"batch_size": 4},
+    sampler={"max_in_flight": 2},
+    rewards={"jpeg_compressibility": {}, "jpeg_incompressibility": {}},
+    scorers={"max_in_flight": 3, "max_missing_fraction": 0.25},
+)
+PROMPTS = PromptSet(lines=tuple(Prompt(id=i, text=f"prompt {i}") for i in range(50)))
+
+
+class Plane:
+    """Samplers and scorers in one: images hold their line, the score is the line; `broken` lines miss a reward."""
+
+    size = 2
+
+    def __init__(self, broken: tuple[int, ...] = (), die_after: int = 10**6) -> None:
+        self.broken, self.die_after = broken, die_after
+        self.drawn: list[int] = []
+        self.now = self.most = 0
+
+    async def load(self, adapters: Adapters) -> None: ...
+
+    async def rollout(self, request: RolloutRequest) -> Rollout:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        lines = [item.prompt.id for item in request.items]
+        self.drawn += lines
+        await asyncio.sleep(0.001 * (lines[0] % 7))  # batches finish in another order than they start
+        info = RolloutInfo(epoch=0, policy_version=0, worker="w", seconds=0.0, num_bytes=0)
+        images = np.zeros((len(lines), 2, 2, 3), np.uint8)
+        images[:] = np.array(lines, np.uint8).reshape(-1, 1, 1, 1)
+        return Rollout(info=info, images=images, samples=None)
+
+    async def images(self, rollout: Rollout) -> np.ndarray:
+        return np.asarray(rollout.images)
+
+    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+        lines = [item.prompt.id for item in request.items]
+        await asyncio.sleep(0.001)
+        self.now -= 1
+        self.die_after -= 1
+        if self.die_after < 0:
+            raise ConnectionError("the cluster is gone")
+        values = np.array([np.nan if line in self.broken else line for line in lines], np.float32)
+        scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=-values)}
+        return assemble(scores, len(lines), {"jpeg_compressibility": 1.0})
+
+
+def run(folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = ()) -> list[int]:
+    """What the command does; gives the lines that were left to do."""
+    requests, kept = open_requests(PROMPTS, CONFIG, "reference", folder, pictures)
+    folder.replace(kept)
+    roles = EvaluationRoles(samplers=plane, scorers=plane)
+    work = evaluate(
+        CONFIG, roles, folder, requests, num_lines=50, pictures=pictures, progress=lambda what, done, of: None
+    )
+    asyncio.run(work)
+    folder.replace(folder.results())
+    return [item.prompt.id for request in requests for item in request.items]
+
+
+def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
+    plane = Plane()
+    run(EvaluationFolder(tmp_path), plane)
+    assert sorted(plane.drawn) == list(range(50))
+    results = EvaluationFolder(tmp_path).results()
+    assert [(r.line, r.scores["jpeg_compressibility"]) for r in results] == [(i, float(i)) for i in range(50)]
+    assert plane.most <= 2 * 2 + 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 6, 12])
+def test_what_was_interrupted_ends_in_the_same_bytes(after: int, tmp_path: Path) -> None:
+    whole, cut = EvaluationFolder(tmp_path / "whole"), EvaluationFolder(tmp_path / "cut")
+    for folder in (whole, cut):
+        folder.path.mkdir()
+    run(whole, Plane())
+    with pytest.raises(ConnectionError):
+        run(cut, Plane(die_after=after))
+    (cut.path / "results.jsonl").open("a").write('{"line": 49, "pro')
+    left = run(cut, Plane())
+    assert len(left) == 50 - 4 * after
+    assert (cut.path / "results.jsonl").read_bytes() == (whole.path / "results.jsonl").read_bytes()
+
+
+def test_missing_rewards_are_asked_for_again_with_their_whole_batch(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    run(folder, Plane(broken=(5, 6, 49)))
+    assert [r.line for r in folder.results() if r.missing] == [5, 6, 49]
+    assert run(folder, Plane()) == [4, 5, 6, 7, 48, 49]
+    assert not any(r.missing for r in folder.results())
+    assert run(folder, Plane()) == []
+
+
+def test_too_many_missing_stop_it_and_keep_what_is_there(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    with pytest.raises(RuntimeError, match=r"of 50 lines miss a reward \(jpeg_compressibility, jpeg_inc.*allows 25%"):
+        run(folder, Plane(broken=tuple(range(10, 50))))
+    kept = folder.results()
+    assert 12 < sum(bool(r.missing) for r in kept) <= 16
+    assert len(kept) < 50
+
+
+def test_pictures_are_kept_and_drawn_again_where_they_are_wanted_later(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    run(folder, Plane(), pictures=(1, 30))
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["000001.png", "000030.png"]
+    assert run(folder, Plane(), pictures=(1, 30)) == []
+    assert run(folder, Plane(), pictures=(1, 9, 30)) == [8, 9, 10, 11]
+    assert folder.image(9)[0, 0, 0] == 9
+
+
+def test_pictures_are_spread_over_the_set() -> None:
+    assert spaced(5) == [0, 1, 2, 3, 4]
+    found = spaced(553)
+    assert (len(found), found[0], found[-1]) == (24, 0, 552)
+    assert max(np.diff(found)) - min(np.diff(found)) <= 1

@@ -1,0 +1,112 @@
+"""The folder of one evaluation: whole lines only, one evaluation only, nothing else touched."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nft_ray.results import EvaluationFolder, LineResult, line_results, read_results, summarise_results
+from nft_ray.rewards.base import Scores
+from nft_ray.rewards.combine import assemble
+from nft_ray.types import Prompt, RolloutItem, RolloutRequest
+
+WHAT = {"evaluation": {"seed": 0, "guidance": 1.0}, "lora": None}
+
+
+def result(line: int, score: float | None = 0.1, tag: str = "") -> LineResult:
+    return LineResult(
+        line=line, prompt="Füße \u2028", tag=tag, seed=line, scores={"ocr": score}, details={"ocr/x": 1.0}
+    )
+
+
+def test_lines_come_back_and_stand_in_order_in_the_end(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    folder.append([result(2), result(3)])
+    folder.append([result(0, None), result(1)])
+    assert [line.line for line in folder.results()] == [2, 3, 0, 1]
+    folder.replace(folder.results())
+    assert folder.results() == [result(0, None), result(1), result(2), result(3)]
+    assert '"scores": {"ocr": null}' in (tmp_path / "results.jsonl").read_text()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_torn_end_is_dropped_but_damage_is_not(cut: int, tmp_path: Path) -> None:
+    folder, file = EvaluationFolder(tmp_path), tmp_path / "results.jsonl"
+    folder.append([result(0), result(1)])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) - cut])
+    assert folder.results() == ([result(0), result(1)] if cut == 1 else [result(0)])
+    file.write_bytes(whole[cut + 1 :])
+    with pytest.raises(ValueError, match="line 1: is no result"):
+        folder.results()
+
+
+def test_another_evaluation_is_refused_with_what_differs(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path / "new")
+    with folder.claim(WHAT, {}, overwrite=False):
+        folder.append([result(0)])
+    other = {"evaluation": {"seed": 0, "guidance": 4.5}, "lora": None}
+    with (
+        pytest.raises(ValueError, match=r"differs in: evaluation.guidance = 1.0 there\).*--overwrite"),
+        folder.claim(other, {}, overwrite=False),
+    ):
+        pass
+    (folder.path / "mine.txt").write_text("kept")
+    folder.save_image(0, np.zeros((2, 2, 3), np.uint8))
+    with folder.claim(other, {}, overwrite=True):
+        assert folder.results() == []
+        assert not folder.image_path(0).exists()
+    assert (folder.path / "mine.txt").read_text() == "kept"
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    with (
+        folder.claim(WHAT, {}, overwrite=False),
+        pytest.raises(ValueError, match="another evaluation is at work"),
+        folder.claim(WHAT, {}, overwrite=False),
+    ):
+        pass
+
+
+def test_results_without_their_identity_are_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("")
+    with (
+        pytest.raises(ValueError, match="without evaluation"),
+        EvaluationFolder(tmp_path).claim(WHAT, {}, overwrite=False),
+    ):
+        pass
+    with pytest.raises(ValueError, match="holds no results"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_an_image_comes_back(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    folder = EvaluationFolder(tmp_path)
+    folder.save_image(123, image)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["000123.png"]
+    np.testing.assert_array_equal(folder.image(123), image)
+
+
+def test_a_missing_reward_is_null_and_counted() -> None:
+    items = tuple(
+        RolloutItem(group_id=i, prompt=Prompt(id=i, text="x", metadata={"tag": "t"}), seeds=(i,)) for i in range(2)
+    )
+    request = RolloutRequest(epoch=0, items=items, adapter="ema", policy_version=0, split="eval")
+    scores = Scores(values=np.array([0.1, np.nan], np.float32), details={"x": np.array([1, np.nan], np.float32)})
+    lines = line_results(request, assemble({"ocr": scores, "gone": None}, 2, {"ocr": 1.0}))
+    assert lines[0].scores == {"gone": None, "ocr": float(np.float32(0.1))}
+    assert lines[1].scores == {"gone": None, "ocr": None}
+    assert lines[1].details == {"ocr/x": None}
+    assert [line.missing for line in lines] == [["gone"], ["gone", "ocr"]]
+    summary = json.loads(json.dumps(summarise_results(lines)))
+    assert summary["ocr"] == summary["ocr/t"] | {"count": 1, "missing": 1}
+    assert summary["ocr"]["mean"] == float(np.float32(0.1))
+    assert summary["gone"] == {"mean": None, "low": None, "high": None, "count": 0, "missing": 2}
+
+
+def test_the_mean_is_the_runs_own_to_the_bit() -> None:
+    values = np.random.default_rng(0).random(480).astype(np.float32)
+    lines = [result(i, json.loads(json.dumps(float(value)))) for i, value in enumerate(values)]
+    assert summarise_results(lines)["ocr"]["mean"] == float(values.astype(np.float64).mean())
