@@ -18,7 +18,7 @@ from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
 from nft_ray.flow.path import interpolate, x0_from_velocity
 from nft_ray.models.base import Conditioning, FlowModel, load_model
-from nft_ray.models.lora import assign, attach, checksum, numpy_weights, random_weights
+from nft_ray.models.lora import assign, assign_start, attach, checksum, numpy_weights, random_weights
 from nft_ray.sampler import probe_velocity
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
@@ -52,6 +52,7 @@ class LearnerCore:
         self._dtype = next(self.model.transformer.parameters()).dtype
         self._probe_base = probe_velocity(self.model)
         self.policy = attach(self.model.transformer, config.model.lora, self.model.lora_targets, config.run.seed)
+        assign_start(self.policy, config.model.lora)
         self.ema = {name: value.detach().clone() for name, value in self.policy.items()}
         self.optimizer = torch.optim.AdamW(
             self.policy.values(),

@@ -112,7 +112,7 @@ class TestKeys:
                 "algorithm.old_policy_decay.flat_step=1",
                 "algorithm.old_policy_decay.flat_step: unknown key; did you mean flat_steps?",
             ),
-            ("model.lora.zzz=1", "model.lora.zzz: unknown key; known: rank, alpha, targets"),
+            ("model.lora.zzz=1", "model.lora.zzz: unknown key; known: rank, alpha, targets, start"),
             ("rewards.geneval.wieght=1", "rewards.geneval.wieght: unknown key; did you mean 'weight'?"),
         ],
     )

@@ -20,6 +20,7 @@ import transformers
 import nft_ray.models
 from nft_ray.config import ModelConfig
 from nft_ray.models.download import folder_of, missing_parts, prepare
+from nft_ray.models.lora_files import find_lora
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
 NOT_FAMILIES = {"base", "conditioning", "download", "lora", "lora_files"}
@@ -114,6 +115,14 @@ def check_model(config: ModelConfig) -> None:
     folder = folder_of(config)
     if folder is not None:
         check_folder(config, folder)
+    if config.lora.start is not None:
+        own = find_lora(config.lora.start).config
+        for name in ("rank", "alpha"):
+            if getattr(own, name) != getattr(config.lora, name):
+                raise ValueError(
+                    f"model.lora.{name} = {getattr(config.lora, name)}: the LoRA to start from has "
+                    f"{getattr(own, name)}; leave {name} out"
+                )
 
 
 def check_folder(config: ModelConfig, folder: Path, *, transformer_only: bool = False) -> None:

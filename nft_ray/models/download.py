@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     XetDownloadError,
@@ -62,12 +63,7 @@ def location(path: str) -> Path | None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    looks_like_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        looks_like_folder = True
-    if looks_like_folder:
+    if not is_hub_id(path):
         raise ValueError(f"model.path = {path}: no such folder; name a folder, a Hub id or {NANO}")
     return None
 
@@ -81,12 +77,13 @@ def folder_of(config: ModelConfig) -> Path | None:
     if folder is not None:
         return folder
     small = ["model_index.json", "transformer/config.json", "vae/config.json"]
+    mine = token()
     try:
-        return Path(_snapshot(config, small, token(), etag_timeout=3))
+        return Path(_snapshot(config.path, config.revision, small, mine, etag_timeout=3))
     except LocalEntryNotFoundError:
         return None  # the nodes may have it, or reach it
     except FAILURES as error:
-        raise explained(error, config) from None
+        raise explained(error, _subject(config), config.path, mine) from None
 
 
 def prepare(config: ModelConfig, text_parts: Sequence[str], *, transformer_only: bool) -> Path:
@@ -112,6 +109,9 @@ def fetch(
 
     ValueError with one line where the Hub says no, or cannot be reached; RuntimeError where nothing arrives any more.
     """
+    start = config.lora.start
+    if start is not None and not Path(start).expanduser().exists():
+        lora_folder(start, token)  # small: no lock, no progress
     if location(config.path) is not None:
         return
     wanted = patterns(text_parts, transformer_only)
@@ -126,6 +126,23 @@ def fetch(
                 return
         except Timeout:
             yield ""
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this is how the Hub names a repository: ORG/NAME."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def lora_folder(name: str, token: str | None) -> Path:
+    """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors."""
+    try:
+        return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token))
+    except FAILURES as error:
+        raise explained(error, f"LoRA {name}", name, token) from None
 
 
 def patterns(text_parts: Sequence[str], transformer_only: bool) -> list[str]:
@@ -153,37 +170,41 @@ def missing_parts(folder: Path, text_parts: Sequence[str], transformer_only: boo
     return missing
 
 
-def explained(error: Exception, config: ModelConfig) -> Exception:
-    """What the Hub's answer means for the user, in one line."""
-    name, url = config.path, f"https://huggingface.co/{config.path}"
+def explained(error: BaseException, subject: str, name: str, token: str | None) -> Exception:
+    """What the Hub's answer about the repository `name` means for the user, in one line that starts with `subject`."""
+    url = f"https://huggingface.co/{name}"
+    had = "the token has no access" if token else "HF_TOKEN is not set"
     if isinstance(error, DryRunError):
-        error = error.__cause__ if isinstance(error.__cause__, FAILURES) else LocalEntryNotFoundError(str(error))
-    had = "the token has no access" if token() else "HF_TOKEN is not set"
+        error = error.__cause__ or LocalEntryNotFoundError(str(error))
     if isinstance(error, GatedRepoError):
         return ValueError(
-            f"model.path = {name}: gated, and {had}: accept its licence at {url} and set HF_TOKEN to a token of that "
-            "account"
+            f"{subject}: gated, and {had}: accept its licence at {url} and set HF_TOKEN to a token of that account"
         )
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"model.revision = {config.revision}: {name} has no such branch, tag or commit; see {url}")
+        return ValueError(f"{subject}: it has no such branch, tag or commit as its revision says; see {url}")
     if isinstance(error, RepositoryNotFoundError):
         return ValueError(
-            f"model.path = {name}: the Hub shows no such repository, and {had}: check the name at {url}; if it is "
-            "private or gated, set HF_TOKEN to a token that may read it"
+            f"{subject}: the Hub shows no such repository, and {had}: check the name at {url}; if it is private or "
+            "gated, set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return ValueError(
-            f"model.path = {name}: the Hub refuses the token ({error.response.status_code}): accept the licence at "
-            f"{url} and set HF_TOKEN to a valid token of that account"
+            f"{subject}: the Hub refuses the token ({error.response.status_code}): accept the licence at {url} and set "
+            "HF_TOKEN to a valid token of that account"
         )
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, (LocalEntryNotFoundError, httpx2.ConnectError, OfflineModeIsEnabled)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         return ValueError(
-            f"model.path = {name}: not (whole) in {constants.HF_HUB_CACHE}, and {why}: set model.path to a folder "
-            f"with its files, as `hf download {name} --local-dir FOLDER` makes one where there is a connection"
+            f"{subject}: not (whole) in {constants.HF_HUB_CACHE}, and {why}: name a folder with its files instead, as "
+            f"`hf download {name} --local-dir FOLDER` makes one where there is a connection"
         )
     what = " ".join(str(error).split())[:300] or type(error).__name__
-    return RuntimeError(f"model.path = {name}: the download failed: {what}; start again, whole files are kept")
+    return RuntimeError(f"{subject}: the download failed: {what}; start again, whole files are kept")
+
+
+def _subject(config: ModelConfig) -> str:
+    revision = f" at revision {config.revision}" if config.revision else ""
+    return f"model.path = {config.path}{revision}"
 
 
 def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iterator[str]:
@@ -193,15 +214,15 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
 
     def work() -> None:
         try:
-            _snapshot(config, wanted, token)
+            _snapshot(config.path, config.revision, wanted, token)
             outcome.append(None)
         except FAILURES as error:
             outcome.append(error)
 
     try:
-        planned = _snapshot(config, wanted, token, dry_run=True)
+        planned = _snapshot(config.path, config.revision, wanted, token, dry_run=True)
     except FAILURES as error:
-        raise explained(error, config) from None
+        raise explained(error, _subject(config), config.path, token) from None
     total = sum(file.file_size for file in planned if file.will_download)
     yield f"downloading {config.path}: {total / 2**30:.2f} GiB in {len(planned)} files"
     thread = threading.Thread(target=work, name=f"download {config.path}", daemon=True)
@@ -218,20 +239,18 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
             yield f"downloading {config.path}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
     failure = outcome[0] if outcome else RuntimeError("the thread died")
     if failure is not None:
-        raise explained(failure, config) from failure
+        raise explained(failure, _subject(config), config.path, token) from failure
     yield f"downloaded {config.path}"
 
 
-def _snapshot(config: ModelConfig, wanted: list[str], token: str | None, **options: Any) -> Any:
-    return snapshot_download(
-        config.path, revision=config.revision, allow_patterns=wanted, token=token or False, **options
-    )
+def _snapshot(name: str, revision: str | None, wanted: list[str], token: str | None, **options: Any) -> Any:
+    return snapshot_download(name, revision=revision, allow_patterns=wanted, token=token or False, **options)
 
 
 def _cached(config: ModelConfig, wanted: list[str], text_parts: Sequence[str], transformer_only: bool) -> Path | None:
     """The snapshot in the cache, if it is whole."""
     try:
-        folder = Path(_snapshot(config, wanted, None, local_files_only=True))
+        folder = Path(_snapshot(config.path, config.revision, wanted, None, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     parts = () if transformer_only else text_parts

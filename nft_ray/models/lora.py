@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.models.lora_files import find_lora
+from nft_ray.models.lora_files import LoraFile, find_lora
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -142,9 +142,30 @@ def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
     ValueError with one line where there is none, or one that this project cannot use.
     """
     file = find_lora(path)
+    return _read(file), file.config
+
+
+def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) -> None:
+    """Put the LoRA of `config.start`, if any, into the attached parameters; ValueError where it is not theirs."""
+    if config.start is None:
+        return
+    weights = _read(find_lora(config.start))
+    strange = sorted(parameters.keys() ^ weights.keys())
+    if strange:
+        layer, where = strange[0].rsplit(".lora_", 1)[0], "it" if strange[0] in parameters else "this model"
+        raise ValueError(f"model.lora.start = {config.start}: {where} has no LoRA on {layer}; is it another model's?")
+    for name, value in parameters.items():
+        if tuple(value.shape) != weights[name].shape:
+            raise ValueError(
+                f"model.lora.start = {config.start}: {name} is {weights[name].shape}, {tuple(value.shape)} is needed; "
+                "is it another model's, or its rank another?"
+            )
+    assign(parameters, weights)
+
+
+def _read(file: LoraFile) -> Weights:
     with safe_open(file.path, "pt") as tensors:
-        weights = {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
-    return weights, file.config
+        return {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
 
 
 def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray.config import LoraConfig
+from nft_ray.models.download import is_hub_id, lora_folder, token
 
 DIFFUSERS, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 PREFIXES = ("base_model.model.", "transformer.")
@@ -32,12 +33,14 @@ class LoraFile:
 
 
 def find_lora(path: str | Path) -> LoraFile:
-    """The LoRA in a file or folder; ValueError with one line where there is none that can be used."""
+    """The LoRA in a file or folder, or of a Hub id, which is downloaded; ValueError where none can be used."""
     place = Path(path).expanduser()
     if place.is_file():
         return _file(place, {})
     if not place.is_dir():
-        raise ValueError(f"LoRA {path}: no such file or folder")
+        if not is_hub_id(str(path)):
+            raise ValueError(f"LoRA {path}: no such file or folder, and no Hub id")
+        place = lora_folder(str(path), token())
     if (place / PEFT_CONFIG).is_file():
         options = _json(place / PEFT_CONFIG)
         if not (place / PEFT).is_file():
