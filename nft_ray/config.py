@@ -150,7 +150,13 @@ class SamplerConfig(WorkersConfig):
     num_times: Positive = 9
     """Training times per sample, out of the sampler's sigmas without replacement."""
     micro_batch_size: Positive = 24
-    """Images (or (sample, time) pairs) of one forward."""
+    """Images (or (sample, time) pairs) of one forward; with guidance, half as many images."""
+    decode_batch_size: Positive | None = None
+    """Images of one pass through the VAE, which needs more memory than the transformer; null = micro_batch_size."""
+    lora: Literal["auto", "merged", "unmerged"] = "auto"
+    """How the LoRA is held: added to the weights, or beside them; auto = docs/decisions/0003."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile) for forwards of exactly `micro_batch_size`."""
     velocity_dtype: Literal["float16", "float32"] = "float16"
     """Data type in which v_old and v_ref travel to the learners."""
     max_in_flight: Positive = 2

@@ -6,13 +6,15 @@ the request and the adapter version that it names, never of the worker or of wha
 """
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
+from nft_ray.device import Copies, compile_blocks
 from nft_ray.flow.path import interpolate
-from nft_ray.flow.solvers import solve
+from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
 from nft_ray.models.lora import checksum, merged, unmerged
@@ -31,6 +33,8 @@ from nft_ray.types import (
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |difference| / |velocity| that rounding explains between two processes; measured in tests/test_sampler.py."""
 
+HOLDS = {"merged": merged, "unmerged": unmerged}
+
 
 class SamplerCore:
     """A frozen model on one device and the adapter versions that requests may name."""
@@ -42,8 +46,12 @@ class SamplerCore:
         self.device = torch.device("cuda" if config.sampler.num_gpus and torch.cuda.is_available() else "cpu")
         self.model = load_model(config.model, self.device)
         self._probe_base = probe_velocity(self.model)
-        hold = merged if config.model.dtype == "float32" else unmerged
-        self._use_lora = hold(self.model.transformer, config.model.lora, self.model.lora_targets)
+        hold = "merged" if config.model.dtype == "float32" else "unmerged"
+        hold = hold if config.sampler.lora == "auto" else config.sampler.lora
+        self._use_lora = HOLDS[hold](self.model.transformer, config.model.lora, self.model.lora_targets)
+        if config.sampler.compile:
+            compile_blocks(self.model.transformer)
+        self._copies = Copies(self.device)
         self._versions: dict[int, AdapterWeights] = {}
         self._loaded: tuple[Adapter, int] | None = None
         self._null = self.model.encode([""]) if max(config.sampler.guidance, config.evaluation.guidance) > 1 else None
@@ -72,9 +80,11 @@ class SamplerCore:
         conditioning = self.model.encode([item.prompt.text for item in request.items])
         index = torch.repeat_interleave(torch.tensor([item.num_images for item in request.items]))
         seeds = [seed for item in request.items for seed in item.seeds]
-        x0 = self._draw(noise(seeds, self.model.latent_shape), repeat(conditioning, index), settings)
-        images = np.concatenate([self.model.decode(part) for part in x0.split(self._chunk)])
+        x0 = self._draw(seeds, conditioning, index, settings)
+        size = self.config.sampler.decode_batch_size or self.config.sampler.micro_batch_size
+        parts = [self._copies.download(self.model.decode(part)) for part in x0.split(size)]
         samples = self._clean_samples(x0, conditioning, request) if request.split == "train" else None
+        images = np.concatenate([part() for part in parts])
         info = RolloutInfo(
             epoch=request.epoch,
             policy_version=request.policy_version,
@@ -84,9 +94,14 @@ class SamplerCore:
         )
         return info, images, samples
 
-    @property
-    def _chunk(self) -> int:
-        return self.config.sampler.micro_batch_size
+    def _chunks(self, count: int, size: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Row numbers i64 in parts of `size`, and how many of each part count.
+
+        Compiled blocks know one batch size: there the last part is filled up with its last row.
+        """
+        for rows in torch.arange(count).split(size):
+            missing = size - len(rows) if self.config.sampler.compile else 0
+            yield torch.cat([rows, rows[-1:].expand(missing)]), len(rows)
 
     def _weights(self, adapter: Adapter, version: int) -> Weights | None:
         if adapter == "reference":
@@ -105,24 +120,35 @@ class SamplerCore:
         return num_tensors
 
     def _draw(
-        self, x: torch.Tensor, conditioning: Conditioning, settings: SamplerConfig | EvaluationConfig
+        self,
+        seeds: Sequence[int],
+        conditioning: Conditioning,
+        index: torch.Tensor,
+        settings: SamplerConfig | EvaluationConfig,
     ) -> torch.Tensor:
-        """x0 f32 (N, *latent) on the device, from noise (N, *latent): the whole schedule, chunk by chunk."""
-        sigmas, guidance, parts = self.model.sigmas(settings.num_steps), settings.guidance, []
-        for rows in torch.arange(len(x)).split(self._chunk):
-            part = repeat(conditioning, rows)
-
-            def velocity(x_t: torch.Tensor, sigma: float | torch.Tensor, part: Conditioning = part) -> torch.Tensor:
-                t = torch.full((len(x_t),), float(sigma), device=self.device)
-                v = self.model.velocity(x_t, t, part)
-                if guidance == 1:
-                    return v
-                null = repeat(self._null or {}, torch.zeros(len(x_t), dtype=torch.int64))
-                v_null = self.model.velocity(x_t, t, null)
-                return v_null + guidance * (v - v_null)
-
-            parts.append(solve(settings.solver, velocity, x[rows].to(self.device), sigmas))
+        """x0 f32 (N, *latent) on the device, for N seeds and rows `index` of a conditioning: chunk by chunk."""
+        sigmas, size, parts = self.model.sigmas(settings.num_steps), self.config.sampler.micro_batch_size, []
+        if settings.guidance > 1:
+            size = max(1, size // 2)  # with and without the prompt stand in one forward
+        for rows, count in self._chunks(len(seeds), size):
+            x = self._copies.upload(noise([seeds[row] for row in rows], self.model.latent_shape))
+            of_rows = repeat(conditioning, self._copies.upload(index[rows]))
+            velocity = self._velocity_of(of_rows, len(rows), settings.guidance)
+            parts.append(solve(settings.solver, velocity, x, sigmas)[:count])
         return torch.cat(parts)
+
+    def _velocity_of(self, conditioning: Conditioning, count: int, guidance: float) -> Velocity:
+        """velocity(x (count, *latent), sigma) under a conditioning (count, ...), guided away from the empty prompt."""
+        if guidance == 1:
+            return lambda x, sigma: self.model.velocity(x, x.new_full((count,), sigma), conditioning)
+        assert self._null is not None
+        both = {name: torch.cat([value, self._null[name].expand_as(value)]) for name, value in conditioning.items()}
+
+        def guided(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            v, v_null = self.model.velocity(torch.cat([x, x]), x.new_full((2 * count,), sigma), both).chunk(2)
+            return v_null + guidance * (v - v_null)
+
+        return guided
 
     def _clean_samples(self, x0: torch.Tensor, conditioning: Conditioning, request: RolloutRequest) -> CleanSamples:
         """v_old and v_ref of every (sample, time) pair of the one group, each with its own noise."""
@@ -131,36 +157,44 @@ class SamplerCore:
         sigmas = self.model.sigmas(self.config.sampler.num_steps).numpy()
         t = training_times(sigmas, self.config.sampler.num_times, seeds)
         noise_seeds = np.array([[mix("noise", int(s), k) for k in range(t.shape[1])] for s in seeds], dtype=np.int64)
-        v_old = self._velocities(x0, t, noise_seeds, conditioning)
-        v_ref = None
+        v_old, v_ref = self.velocities(x0, t, noise_seeds, conditioning), None
         if self.config.algorithm.kl_weight:
             self._use("reference", request.policy_version)
-            v_ref = self._velocities(x0, t, noise_seeds, conditioning)
+            v_ref = self.velocities(x0, t, noise_seeds, conditioning)()
+        host = {name: self._copies.download(value.float()) for name, value in conditioning.items()}
         return CleanSamples(
-            x0=x0.cpu().numpy(),
+            x0=self._copies.download(x0)(),
             t=t,
             noise_seeds=noise_seeds,
-            v_old=v_old,
+            v_old=v_old(),
             v_ref=v_ref,
-            conditioning={name: value.float().cpu().numpy() for name, value in conditioning.items()},
+            conditioning={name: value() for name, value in host.items()},
         )
 
-    def _velocities(
+    @torch.no_grad()
+    def velocities(
         self, x0: torch.Tensor, t: np.ndarray, noise_seeds: np.ndarray, conditioning: Conditioning
-    ) -> np.ndarray:
-        """(G, T, *latent) in `sampler.velocity_dtype`, at x_t = (1-t) x0 + t noise; flat pairs, chunk by chunk."""
+    ) -> Callable[[], np.ndarray]:
+        """Of the adapter in use, at x_t = (1-t) x0 + t noise; x0 (G, *latent), t and noise_seeds (G, T).
+
+        Flat pairs, chunk by chunk. Call what returns to wait for (G, T, *latent) in `sampler.velocity_dtype`.
+        """
         (num_samples, num_times), parts = t.shape, []
-        for rows in torch.arange(num_samples * num_times).split(self._chunk):
+        dtype = getattr(torch, self.config.sampler.velocity_dtype)
+        for rows, count in self._chunks(num_samples * num_times, self.config.sampler.micro_batch_size):
             sample, k = rows // num_times, rows % num_times
-            t_rows = torch.from_numpy(t[sample, k]).to(self.device)
-            e = noise(noise_seeds[sample, k], self.model.latent_shape).to(self.device)
-            x_t = interpolate(x0[sample.to(self.device)], e, t_rows)
-            v = self.model.velocity(x_t, t_rows, repeat(conditioning, torch.zeros_like(rows)))
-            parts.append(v.cpu().numpy().astype(self.config.sampler.velocity_dtype))
-        return np.concatenate(parts).reshape(num_samples, num_times, *self.model.latent_shape)
+            t_rows = self._copies.upload(torch.from_numpy(t[sample, k]))
+            e = self._copies.upload(noise(noise_seeds[sample, k], self.model.latent_shape))
+            x_t = interpolate(x0[self._copies.upload(sample)], e, t_rows)
+            of_rows = repeat(conditioning, self._copies.upload(torch.zeros_like(rows)))
+            v = self.model.velocity(x_t, t_rows, of_rows)[:count]
+            parts.append(self._copies.download(v.to(dtype)))
+        shape = (num_samples, num_times, *self.model.latent_shape)
+        return lambda: np.concatenate([part() for part in parts]).reshape(shape)
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # its shape is not that of any work
 def probe_velocity(model: FlowModel) -> np.ndarray:
     """The model's velocity on its fixed probe, f32 (*latent)."""
     return model.velocity(*model.probe())[0].cpu().numpy()

@@ -131,3 +131,50 @@ def test_guidance_changes_the_image() -> None:
     plain, guided = example_config(), example_config("evaluation.guidance=3")
     images = [SamplerCore(c).rollout(request(c, adapter="reference", split="eval"))[1] for c in (plain, guided)]
     assert (images[0] != images[1]).any()
+
+
+def test_guidance_in_one_forward_is_guidance_in_two() -> None:
+    core = SamplerCore(example_config("evaluation.guidance=3", "sampler.num_steps=2"))
+    conditioning = core.model.encode(["a photo of a red circle", "a photo of two squares"])
+    x = torch.randn(2, *core.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = core._velocity_of(conditioning, 2, 3.0)(x, 0.5)
+        t, null = torch.full((2,), 0.5), core.model.encode(["", ""])
+        v, v_null = core.model.velocity(x, t, conditioning), core.model.velocity(x, t, null)
+    torch.testing.assert_close(found, v_null + 3.0 * (v - v_null), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_see_every_new_version_and_compile_once() -> None:
+    """One batch size, a short last chunk included; loading, switching off and guidance trace nothing anew."""
+    settings = [
+        "sampler.micro_batch_size=6",
+        "sampler.lora=unmerged",
+        "evaluation.guidance=2",
+        "algorithm.kl_weight=0.1",
+    ]
+    config = example_config(*settings)
+    plain, fast = SamplerCore(config), SamplerCore(load_again(config, compile=True))
+    learner = LearnerCore(config)
+    (first, weights), ((second, start),) = learner.probe(), learner.adapters()
+    for core in (plain, fast):
+        core.load(first, weights)
+    fast.rollout(request(config))  # compiles
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for adapters, loaded in ((first, weights), (second, start)):
+            for core in (plain, fast):
+                core.load(adapters, loaded)
+            for split in ("train", "eval"):
+                asked = request(config, version=adapters.version, split=split)
+                (_, images, samples), (_, again, same) = plain.rollout(asked), fast.rollout(asked)
+                assert np.abs(images.astype(int) - again.astype(int)).max() <= 2
+                if samples is not None and same is not None:
+                    np.testing.assert_allclose(samples.v_old, same.v_old, rtol=1e-2, atol=1e-3)
+                    assert samples.v_ref is not None
+                    assert same.v_ref is not None
+                    np.testing.assert_allclose(samples.v_ref, same.v_ref, rtol=1e-2, atol=1e-3)
+                    assert np.array_equal(same.v_old, same.v_ref) == (adapters.version == 0)  # version 0 does nothing
+
+
+def load_again(config: ExperimentConfig, **sampler: object) -> ExperimentConfig:
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update=sampler)})

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 
@@ -45,8 +44,8 @@ class FlowModel(Protocol):
         """Conditioning of the prompts, batch len(prompts); "" is the unconditional one. Needs the text encoders."""
         ...
 
-    def decode(self, x0: torch.Tensor) -> np.ndarray:
-        """Clean latents (B, *latent) -> images uint8 (B, H, W, 3). Needs the VAE."""
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Clean latents (B, *latent) -> images uint8 (B, H, W, 3), on the model's device. Needs the VAE."""
         ...
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
@@ -167,10 +166,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def uint8_images(pixels: torch.Tensor) -> np.ndarray:
+def uint8_images(pixels: torch.Tensor) -> torch.Tensor:
     """A VAE's output (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), with diffusers' own rounding."""
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def repeat(conditioning: Conditioning, index: torch.Tensor) -> Conditioning:

@@ -100,7 +100,7 @@ class Flux:
         return self._text.encode(prompts)
 
     @torch.no_grad()
-    def decode(self, x0: torch.Tensor) -> np.ndarray:
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's shift and scale."""
         assert self._vae is not None, "a learner's model has no VAE"
         latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.models.lora_files import LoraFile, find_lora
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
+Hold = Callable[[Weights | None], int]
 PREFIX, ADAPTER = "base_model.model.", ".default"
 
 
@@ -93,47 +94,77 @@ def random_weights(weights: Weights, seed: int) -> Weights:
     }
 
 
-def merged(
-    transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]
-) -> Callable[[Weights | None], int]:
-    """A function that sets a float32 transformer's layers to pristine + alpha/r * B A, or pristine for None.
+def merged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> Hold:
+    """A function that sets the layers of a transformer to pristine + alpha/r * B A, or to pristine for None.
 
-    It returns the number of LoRA tensors it used. The pristine weights are kept aside, and every merge starts there.
+    It returns the number of LoRA tensors it used. The pristine weights are kept aside (the targets' only, in their own
+    dtype), every merge starts there, is computed in float32 and rounded once.
     """
-    endings = tuple(f".{target}" for target in config.targets or targets)
-    layers = {name: module for name, module in transformer.named_modules() if f".{name}".endswith(endings)}
+    layers = _layers(transformer, config, targets)
     pristine = {name: module.weight.detach().clone() for name, module in layers.items()}
-    scale = config.alpha / config.rank
 
     @torch.no_grad()
     def use(weights: Weights | None) -> int:
-        factors = {} if weights is None else {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
+        factors = dict(weights or {})
         for name, module in layers.items():
-            module.weight.copy_(pristine[name])
-            if weights is not None:
-                a, b = factors.pop(f"{name}.lora_A.weight"), factors.pop(f"{name}.lora_B.weight")
-                module.weight.add_((b @ a).to(module.weight), alpha=scale)
+            if weights is None:
+                module.weight.copy_(pristine[name])
+                continue
+            a, b = (_factor(factors, name, kind, module.weight.device) for kind in "AB")
+            module.weight.copy_(torch.add(pristine[name].float(), b @ a, alpha=config.alpha / config.rank))
         assert not factors, f"LoRA tensors without a layer: {sorted(factors)[:4]}"
         return 0 if weights is None else 2 * len(layers)
 
     return use
 
 
-def unmerged(
-    transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]
-) -> Callable[[Weights | None], int]:
-    """Like `merged` for 16-bit weights: the LoRA stays beside them in float32; None switches its layers off."""
-    parameters = attach(transformer, config, targets, seed=0)
-    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+class LinearBeside(torch.nn.Module):
+    """A frozen linear layer and a LoRA beside it, x W + (x A)(alpha/r B), all in the layer's own dtype.
 
+    Off is B = 0: that adds an exact zero, and the compiled graph stays the same.
+    """
+
+    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.a = torch.nn.Buffer(base.weight.new_zeros(rank, base.in_features), persistent=False)
+        self.b = torch.nn.Buffer(base.weight.new_zeros(base.out_features, rank), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + linear(linear(x, self.a), self.b)
+
+
+def unmerged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> Hold:
+    """Like `merged`, but the weights stay as they are and every target layer gets its LoRA beside it, in place."""
+    layers = {name: LinearBeside(layer, config.rank) for name, layer in _layers(transformer, config, targets).items()}
+    for name, module in layers.items():
+        transformer.set_submodule(name, module)
+
+    @torch.no_grad()
     def use(weights: Weights | None) -> int:
-        for layer in layers:
-            layer.enable_adapters(weights is not None)
-        for value in parameters.values():
-            value.requires_grad_(False)
-        return 0 if weights is None else assign(parameters, weights)
+        factors = dict(weights or {})
+        for name, module in layers.items():
+            if weights is None:
+                module.b.zero_()
+                continue
+            a, b = (_factor(factors, name, kind, module.b.device) for kind in "AB")
+            module.a.copy_(a)
+            module.b.copy_(b * (config.alpha / config.rank))
+        assert not factors, f"LoRA tensors without a layer: {sorted(factors)[:4]}"
+        return 0 if weights is None else 2 * len(layers)
 
     return use
+
+
+def _layers(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
+    endings = tuple(f".{target}" for target in config.targets or targets)
+    found = {name: module for name, module in transformer.named_modules() if f".{name}".endswith(endings)}
+    return {name: module for name, module in found.items() if isinstance(module, torch.nn.Linear)}
+
+
+def _factor(factors: Weights, layer: str, kind: str, device: torch.device) -> torch.Tensor:
+    """Take one LoRA matrix out of `factors`, float32 on the device."""
+    return torch.from_numpy(np.array(factors.pop(f"{layer}.lora_{kind}.weight"))).to(device)
 
 
 def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:

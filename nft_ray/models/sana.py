@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
@@ -72,7 +71,7 @@ class Sana:
         return self._text.encode(prompts)
 
     @torch.no_grad()
-    def decode(self, x0: torch.Tensor) -> np.ndarray:
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's scale."""
         assert self._vae is not None, "a learner's model has no VAE"
         latents = x0 / self._vae.config.scaling_factor

@@ -7,7 +7,6 @@ shift and scale: so what is trained here is what plain diffusers runs afterwards
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -83,7 +82,7 @@ class SD3:
         return self._text.encode(prompts)
 
     @torch.no_grad()
-    def decode(self, x0: torch.Tensor) -> np.ndarray:
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's shift and scale."""
         assert self._vae is not None, "a learner's model has no VAE"
         latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor

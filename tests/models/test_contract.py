@@ -47,8 +47,8 @@ def test_a_batch_is_its_single_images(kind: str, tiny_folder: Path) -> None:
     torch.testing.assert_close(v[1:], single, rtol=1e-4, atol=1e-5)
     assert (single - other).norm() > 1e-3 * single.norm()  # the prompt matters
     images = model.decode(x)
-    assert (images.shape, images.dtype) == ((2, config.height, config.width, 3), np.uint8)
-    assert np.abs(images[1:].astype(int) - model.decode(x[1:]).astype(int)).max() <= 1
+    assert (images.shape, images.dtype) == ((2, config.height, config.width, 3), torch.uint8)
+    assert (images[1:].int() - model.decode(x[1:]).int()).abs().max() <= 1
 
 
 @every_kind
