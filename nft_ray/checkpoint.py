@@ -13,8 +13,10 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ MAY_DIFFER = (
 )
 """Keys under which a run may be resumed with another value: they change no weight."""
 PARTIAL = ".partial"
+GIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,14 +164,30 @@ def in_submitted_job(environment: Mapping[str, str]) -> bool:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a run depends on, without importing any of it."""
+    """Versions of what a run depends on, without importing any of it; `commit` where nft_ray runs from a checkout."""
     found = {"python": platform.python_version()}
+    if commit := source_commit():
+        found["commit"] = commit
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def source_commit() -> str | None:
+    """The commit that nft_ray is at, with `-dirty` for uncommitted changes; None where it was installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # a .git further up belongs to something else
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def write_atomically(path: Path, text: str) -> None:

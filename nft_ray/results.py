@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from nft_ray.bootstrap import interval
-from nft_ray.checkpoint import PARTIAL, package_versions, write_atomically
+from nft_ray.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
 from nft_ray.config import ExperimentConfig, LoraConfig, differences
 from nft_ray.evaluation import by_metric, tag_of
 from nft_ray.prompts import PromptSet
@@ -169,9 +169,10 @@ def identity(
         name: section.model_dump(mode="json", exclude=set(RewardConfig.model_fields) | WHERE_NOT_WHAT)
         for name, section in config.reward_configs.items()
     }
+    memory_only = {key.removeprefix("model.") for key in MAY_DIFFER if key.startswith("model.")}
     evaluation = config.evaluation.model_dump(mode="json", exclude={"every", "picture_lines"})
     return {
-        "model": config.model.model_dump(mode="json", exclude={"lora"}),
+        "model": config.model.model_dump(mode="json", exclude={"lora", *memory_only}),
         "lora": None if lora is None else {"checksum": checksum, "rank": lora.rank, "alpha": lora.alpha},
         "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
         "evaluation": evaluation | {"micro_batch_size": config.sampler.micro_batch_size},

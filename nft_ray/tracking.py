@@ -41,6 +41,7 @@ PARAMS_PER_BATCH = 100
 PARAM_LENGTH = 6000
 NAME_LENGTH = 250
 """The four limits of MLflow 3.17 (mlflow.utils.validation); above them it raises."""
+METRICS = "metrics.jsonl"
 PICTURES = "evaluation"
 STEP = "nft/optimizer_step"
 
@@ -57,8 +58,8 @@ class RunTracker(Tracker):
         # Here and not in the thread: changing the environment is not safe beside a thread that reads it.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        kept = [line for line in _read(self._path) if start_epoch and line["epoch"] <= start_epoch]
+        self._path = folder / METRICS
+        kept = [line for line in read_metrics(folder) if start_epoch and line["epoch"] <= start_epoch]
         self._lines = {line["epoch"]: line for line in kept}
         self._write()
         self._evaluated: dict[int, dict[str, float]] = {}
@@ -109,6 +110,15 @@ class RunTracker(Tracker):
 
     def _write(self) -> None:
         write_atomically(self._path, "".join(_encoded(self._lines[epoch]) for epoch in sorted(self._lines)))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; the last one may have been cut off by a kill."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def ui_command(config: ExperimentConfig, root: Path) -> str:
@@ -305,11 +315,3 @@ def _finite(value: float | None) -> float | None:
 
 def _encoded(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of the file; the last one may have been cut off by a kill."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

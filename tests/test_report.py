@@ -105,6 +105,36 @@ def test_contact_sheet_holds_every_line_in_order() -> None:
     assert tuple(sheet[80, 160 + report.GAP + 80]) == (0, 0, 255)
 
 
+def test_a_captioned_sheet_holds_prompt_score_and_verdict(tmp_path: Path) -> None:
+    large = np.broadcast_to(np.uint8([0, 0, 255]), (600, 300, 3)).copy()
+    captions = {2: ["a photo of a circle", "ocr 0.5"], 7: ["x", "ocr 1.0"]}
+    report.captioned_sheet({7: large, 2: RED}, captions, tmp_path / "plain.png")
+    report.captioned_sheet({7: large, 2: RED}, captions, tmp_path / "judged.png", right={7: True, 2: False})
+    plain, judged = pixels(tmp_path / "plain.png"), pixels(tmp_path / "judged.png")
+    red = np.argwhere((plain == (255, 0, 0)).all(axis=2))
+    blue = np.argwhere((plain == (0, 0, 255)).all(axis=2))
+    assert red[:, 1].max() < blue[:, 1].min(), "by line"
+    assert np.ptp(red, axis=0).tolist() == [157, 157]  # 160, less the hairline frame
+    assert np.ptp(blue, axis=0).tolist() == [253, 125]  # made smaller to 256 x 128
+    assert red[:, 0].min() - report.MARGIN > 40, "three lines of caption stand above"
+    assert len(rows_with(plain, report.PASSED)) == len(rows_with(plain, report.FAILED)) == 0
+    assert len(rows_with(judged, report.PASSED)) > 200
+    assert len(rows_with(judged, report.FAILED)) > 100
+
+
+def test_the_table_of_an_evaluation_says_how_sure_it_is() -> None:
+    row = {"mean": 0.5, "low": 0.4, "high": 0.6, "count": 90, "missing": 0}
+    summary = {name: row for name in ("geneval", "geneval/strict", "geneval/strict/colors", "geneval/colors")}
+    lines = report.evaluation_table(summary).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["geneval", "geneval/strict", "geneval/strict/colors"]
+    assert lines[2].split()[1:] == ["90", "0.500", "0.400", "to", "0.600"]
+    assert "missing" not in lines[0]
+    gone = {"mean": None, "low": None, "high": None, "count": 0, "missing": 90}
+    lines = report.evaluation_table(summary | {"ocr": gone}).splitlines()
+    assert lines[0].split()[-1] == "missing"
+    assert lines[4].split() == ["ocr", "0", "-", "-", "to", "-", "90"]
+
+
 LINES: list[dict[str, Any]] = [
     {"epoch": 0, "eval/geneval": 0.6, "eval/geneval/strict": 0.5, "eval/geneval/strict/colors": 0.5},
     {"epoch": 1, "reward/geneval": 0.6, "reward/total": 0.6},

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from nft_ray.checkpoint import whole_checkpoints
+from nft_ray.models.download import FAILURES
+from nft_ray.models.lora_files import DIFFUSERS, PEFT, PEFT_CONFIG
 
-FILES = ("*.safetensors", "*adapter_config.json")
+FILES = [DIFFUSERS, PEFT_CONFIG, PEFT]
 
 
 def find_source(name: str) -> Path:
@@ -26,25 +28,26 @@ def find_source(name: str) -> Path:
         return whole[-1]
     if path.exists():
         return path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(f"LoRA {name}: no such file or folder, and no Hub id (owner/name)") from None
+    if name.count("/") != 1:
+        raise ValueError(f"LoRA {name}: no such file or folder, and no Hub id (owner/name)")
     return _download(name)
 
 
 def _download(name: str) -> Path:
     try:
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise HFValidationError
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ValueError(f"LoRA {name}: no such file or folder, and no Hub id (owner/name)") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        cause = error.__cause__ or error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
+        return Path(snapshot_download(name, allow_patterns=[*FILES, *(f"lora/{file}" for file in FILES)]))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
         if status in (401, 403, 404):
             raise ValueError(
-                f"LoRA {name}: no such file or folder, and the Hub answers {status}: not there, or not for this "
+                f"LoRA {name}: no such file or folder, and the Hub answers {status}: it is not there, or not for this "
                 "HF_TOKEN"
             ) from None
+        raise RuntimeError(f"LoRA {name}: the Hub answers {status}; try again") from None
+    except FAILURES as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"LoRA {name}: no such file or folder, and the Hub cannot be asked: {why}") from None

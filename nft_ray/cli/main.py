@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     _add_evaluate(commands)
+    _add_export(commands)
     add_parser(commands)
     return root
 
@@ -77,12 +78,25 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--local", action="store_true", help="everything in this process, without Ray")
 
 
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser("export", help="a run's LoRA for diffusers, with a model card")
+    command.add_argument("run", help="folder of a run, such as runs/quickstart")
+    command.add_argument("--output", metavar="DIR", help="default: RUN/export-epoch-N")
+    command.add_argument("--checkpoint", type=int, metavar="N", help="the one after N epochs (default: the newest)")
+    command.add_argument("--merge", action="store_true", help="DIR/transformer as well, the LoRA in it")
+    command.add_argument("--push", metavar="HUB_ID", help="upload it, to a repository that is made private (HF_TOKEN)")
+
+
 def _heavy(args: argparse.Namespace) -> int:
     from nft_ray.cli.train import Interrupted, train  # brings torch: seconds that no other command should wait
 
     try:
         if args.command == "train":
             return train(args)
+        if args.command == "export":
+            from nft_ray.cli.export import export_command
+
+            return export_command(args)
         from nft_ray.cli.evaluate import evaluate_command
 
         return evaluate_command(args)

@@ -21,7 +21,7 @@ from nft_ray.models.lora import export_lora
 from nft_ray.prompts import PromptSet, check_prompts, load_prompts
 from nft_ray.rewards.base import check_lines
 from nft_ray.roles import Roles
-from nft_ray.tracking import RunTracker, ui_command
+from nft_ray.tracking import RunTracker, read_metrics, ui_command
 from nft_ray.trainer import Trainer
 
 REPORTED = "table.txt"
@@ -143,7 +143,6 @@ def _report(
     base, trained = load_evaluation(folder.path, 0), load_evaluation(folder.path, latest.epoch)
     export_lora(latest.state.ema, config.model, folder.path / "lora")
     train_set, test_set = load_prompts(config.prompts.train), load_prompts(config.prompts.test)
-    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     report.before_after(
         base.images,
         trained.images,
@@ -151,7 +150,7 @@ def _report(
         folder.path / "before_after.png",
         verdicts={line: (base.right[line], trained.right[line]) for line in base.right.keys() & trained.right.keys()},
     )
-    report.reward_curve(lines, folder.path / "reward_curve.png")
+    report.reward_curve(read_metrics(folder.path), folder.path / "reward_curve.png")
     summary = report.summary(config, base, trained, seconds=seconds, epochs=latest.epoch)
     write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     shown = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=shared_tags(train_set, test_set))

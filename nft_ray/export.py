@@ -1,0 +1,174 @@
+"""What others get of a trained policy: a merged transformer, and the card that says where the LoRA comes from.
+
+The LoRA file itself is written by `nft_ray.models.lora.export_lora`, as at the end of every run. Everything here loads
+in plain diffusers.
+"""
+
+import inspect
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from nft_ray.config import ExperimentConfig, ModelConfig, dump
+from nft_ray.models.base import family, load_model
+from nft_ray.models.download import NANO, location, prepare
+from nft_ray.types import Weights
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""As safetensors spells them."""
+TITLE_WIDTH = 100
+
+
+@torch.no_grad()
+def export_merged(weights: Weights, config: ModelConfig, folder: Path) -> str:
+    """Write the transformer with the LoRA in it, in diffusers' format; returns its data type: that of the base's files.
+
+    W + alpha / r * B A is computed in float32 and rounded once.
+    """
+    source = prepare(config, (), transformer_only=True)
+    dtype = stored_dtype(source / "transformer")
+    base = config.model_copy(update={"dtype": dtype})
+    transformer = load_model(base, torch.device("cpu"), transformer_only=True).transformer
+    left, scale = set(weights), config.lora.alpha / config.lora.rank
+    for name in sorted(name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
+        a, b = (torch.from_numpy(np.array(weights[f"{name}.lora_{end}.weight"])) for end in "AB")
+        layer = transformer.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear), f"{name} is no linear layer"
+        layer.weight.copy_(layer.weight.float() + scale * (b @ a))
+        left -= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+    assert not left, f"LoRA tensors without a pair: {sorted(left)[:4]}"
+    transformer.save_pretrained(str(folder))  # type: ignore[operator]  # a diffusers ModelMixin
+    return dtype
+
+
+def stored_dtype(folder: Path) -> str:
+    """The data type of most values in a folder's weights (files without a variant in their name)."""
+    values: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.count(".") > 1:
+            continue
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                values[entry["dtype"]] += int(np.prod(entry["shape"], dtype=np.int64))
+    if not values or (most := values.most_common(1)[0][0]) not in DTYPES:
+        raise ValueError(f"{folder}: weights of type {', '.join(values) or 'none'}; known: {', '.join(DTYPES)}")
+    return DTYPES[most]
+
+
+def model_card(
+    config: ExperimentConfig,
+    *,
+    epoch: int,
+    figures: str,
+    versions: Mapping[str, str],
+    hub_id: str | None = None,
+    merged_dtype: str | None = None,
+) -> str:
+    """README.md of an exported LoRA, with the Hub's header. `figures`: the held-out table, or why there is none."""
+    name, model = config.run.name, config.model
+    header = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
+    }
+    if location(model.path) is None:
+        header["base_model"] = model.path
+    commit = versions.get("commit")
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}: a LoRA for {model.path}",
+        "Trained online with [DiffusionNFT](https://arxiv.org/abs/2509.16117) by nft_ray "
+        f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
+        f"the policy after {epoch} epochs.",
+        _facts(config, epoch),
+        f"## Rewards\n\n{_rewards(config)}",
+        f"## Held-out figures\n\n```\n{figures}\n```\n\n{_how_evaluated(config)}",
+        "![training and held-out reward against the epoch](reward_curve.png)",
+        f"## Loading it\n\n```python\n{loading_code(config, hub_id or '.')}\n```\n\n"
+        "The file's metadata holds alpha: loaders that ignore it scale the LoRA wrongly.",
+    ]
+    if merged_dtype:
+        parts.append(
+            f"`transformer/` is the whole transformer with the LoRA merged in ({merged_dtype}): "
+            f"`{family(model).PIPELINE.__name__}.from_pretrained(BASE, transformer=...)`, without load_lora_weights."
+        )
+    parts += [
+        "The licence of the base model applies.",
+        f"## The experiment\n\n```yaml\n{dump(config).strip()}\n```",
+        "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def loading_code(config: ExperimentConfig, where: str) -> str:
+    """Python that draws an image in plain diffusers; only the packaged nano-sd3 is asked of this package."""
+    module, model = family(config.model), config.model
+    pipeline, used = module.PIPELINE, module.text_parts(model)
+    unused = [
+        name
+        for name in inspect.signature(pipeline.__init__).parameters
+        if name.startswith(("text_encoder", "tokenizer")) and name not in used
+    ]
+    base = 'str(location("nano-sd3"))' if model.path == NANO else repr(model.path)
+    loaded = "".join(f", {name}=None" for name in unused)
+    options: dict[str, float] = {
+        "height": model.height,
+        "width": model.width,
+        "num_inference_steps": config.evaluation.num_steps,
+    }
+    if hasattr(module, "DISTILLED_GUIDANCE"):
+        given = model.distilled_guidance
+        options["guidance_scale"] = module.DISTILLED_GUIDANCE if given is None else given
+        options |= {"true_cfg_scale": config.evaluation.guidance} if config.evaluation.guidance > 1 else {}
+    else:
+        options["guidance_scale"] = config.evaluation.guidance
+    if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
+        options["max_sequence_length"] = model.max_sequence_length
+    call = ", ".join(f"{name}={value:g}" for name, value in options.items())
+    lines = ["import torch", f"from diffusers import {pipeline.__name__}"]
+    lines += ["from nft_ray.models.download import location"] if model.path == NANO else []
+    lines += [
+        "",
+        f"pipeline = {pipeline.__name__}.from_pretrained({base}, torch_dtype=torch.{model.dtype}{loaded})",
+        f'pipeline.load_lora_weights("{where}")',
+        f'image = pipeline("a photo of a cup", {call}).images[0]',
+    ]
+    return "\n".join(lines)
+
+
+def _facts(config: ExperimentConfig, epoch: int) -> str:
+    prompts, model = config.prompts, config.model
+    images = epoch * prompts.groups_per_epoch * prompts.images_per_group
+    rows = {
+        "base model": f"{model.path}{f' @ {model.revision}' if model.revision else ''}, {model.dtype}",
+        "resolution": f"{model.width} x {model.height} pixels",
+        "LoRA": f"rank {model.lora.rank}, alpha {model.lora.alpha}, float32",
+        "data": f"prompts `{prompts.train}`; no images but the policy's own",
+        "drawn in training": f"{images} images: {epoch} epochs x {prompts.groups_per_epoch} prompts x "
+        f"{prompts.images_per_group} images",
+        "held out": f"prompts `{prompts.test}`",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _rewards(config: ExperimentConfig) -> str:
+    rows = [
+        f"| {name} | {'only measured' if reward.eval_only or not reward.weight else f'{reward.weight:g}'} |"
+        for name, reward in config.reward_configs.items()
+    ]
+    return "\n".join(["| reward | weight |", "|---|---|", *rows])
+
+
+def _how_evaluated(config: ExperimentConfig) -> str:
+    evaluation = config.evaluation
+    return (
+        f"Every held-out prompt once, {evaluation.num_steps} steps of {evaluation.solver}, guidance "
+        f"{evaluation.guidance:g}, seed {evaluation.seed}."
+    )
