@@ -17,6 +17,7 @@ import yaml
 from nft_ray.config import ExperimentConfig, ModelConfig, dump
 from nft_ray.models.base import family, load_model
 from nft_ray.models.download import NANO, location, prepare
+from nft_ray.models.lora import merged
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -24,24 +25,17 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TITLE_WIDTH = 100
 
 
-@torch.no_grad()
 def export_merged(weights: Weights, config: ModelConfig, folder: Path) -> str:
     """Write the transformer with the LoRA in it, in diffusers' format; returns its data type: that of the base's files.
 
-    W + alpha / r * B A is computed in float32 and rounded once.
+    As a sampler merges: W + alpha / r * B A in float32, rounded once.
     """
     source = prepare(config, (), transformer_only=True)
     dtype = stored_dtype(source / "transformer")
     base = config.model_copy(update={"dtype": dtype})
     transformer = load_model(base, torch.device("cpu"), transformer_only=True).transformer
-    left, scale = set(weights), config.lora.alpha / config.lora.rank
-    for name in sorted(name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
-        a, b = (torch.from_numpy(np.array(weights[f"{name}.lora_{end}.weight"])) for end in "AB")
-        layer = transformer.get_submodule(name)
-        assert isinstance(layer, torch.nn.Linear), f"{name} is no linear layer"
-        layer.weight.copy_(layer.weight.float() + scale * (b @ a))
-        left -= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
-    assert not left, f"LoRA tensors without a pair: {sorted(left)[:4]}"
+    moved = merged(transformer, config.lora, family(config).LORA_TARGETS)(weights)
+    assert moved == len(weights), f"{moved} of {len(weights)} LoRA tensors were merged"
     transformer.save_pretrained(str(folder))  # type: ignore[operator]  # a diffusers ModelMixin
     return dtype
 

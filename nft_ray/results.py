@@ -41,6 +41,10 @@ WHERE_NOT_WHAT = {"device", "weights", "urls", "server", "micro_batch_size"}
 """Fields of a reward's section that say where it runs: a score does not depend on them."""
 
 
+ROUNDING = {"micro_batch_size", "decode_batch_size", "lora", "compile"}
+"""Fields of `sampler` on which the last bits of an image depend."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineResult:
     """One line of results.jsonl. A score or detail that could not be had is None, never 0."""
@@ -175,7 +179,8 @@ def identity(
         "model": config.model.model_dump(mode="json", exclude={"lora", *memory_only}),
         "lora": None if lora is None else {"checksum": checksum, "rank": lora.rank, "alpha": lora.alpha},
         "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
-        "evaluation": evaluation | {"micro_batch_size": config.sampler.micro_batch_size},
+        "evaluation": evaluation,
+        "sampler": config.sampler.model_dump(mode="json", include=ROUNDING),
         "rewards": own,
     }
 

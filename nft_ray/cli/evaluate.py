@@ -25,7 +25,7 @@ from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.evaluator import evaluate, open_requests, spaced
 from nft_ray.models.base import check_model
-from nft_ray.models.lora import checksum, read_lora
+from nft_ray.models.lora import check_layers, checksum, read_lora
 from nft_ray.prompts import PromptSet, load_prompts
 from nft_ray.results import (
     COMPARISON,
@@ -58,15 +58,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if not args.config or not args.output:
         raise ValueError("evaluate: needs CONFIG and --output DIR, or --compare A B")
     config = _config(args)
+    check_model(config.model)
     source = find_source(args.lora) if args.lora else None
     weights, lora = read_lora(source) if source else (None, None)
     if weights is not None and lora is not None:
         _check_effect(weights, args.lora)
+        check_layers(weights, config.model, args.lora)
         config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
     prompts = load_prompts(config.prompts.test)
     for name in config.rewards:
         check_lines(name, ((line.text, line.metadata) for line in prompts.lines))
-    check_model(config.model)
     folder = EvaluationFolder(Path(args.output).expanduser())
     what = identity(config, prompts, lora, checksum(weights) if weights is not None else None)
     with folder.claim(what, about(config, args.lora), overwrite=args.overwrite):

@@ -138,9 +138,12 @@ def is_hub_id(path: str) -> bool:
 
 
 def lora_folder(name: str, token: str | None) -> Path:
-    """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors."""
+    """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors.
+
+    Not a merged transformer that stands beside it.
+    """
     try:
-        return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token))
+        return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token, ignore_patterns=["transformer/*"]))
     except FAILURES as error:
         raise explained(error, f"LoRA {name}", name, token) from None
 

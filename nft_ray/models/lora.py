@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import peft
 import torch
@@ -18,6 +19,8 @@ from safetensors import safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.models.base import read_json
+from nft_ray.models.download import folder_of
 from nft_ray.models.lora_files import LoraFile, find_lora
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
@@ -174,6 +177,31 @@ def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
     """
     file = find_lora(path)
     return _read(file), file.config
+
+
+def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
+    """ValueError with one line where a LoRA is not for this model: a layer is not there, or has another size.
+
+    The transformer is built without memory from its configuration; nothing is said where that is not at hand.
+    """
+    folder = folder_of(config)
+    if folder is None:
+        return
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        transformer = kind.from_config(read_json(folder / "transformer" / "config.json"))
+    found = {layer: module for layer, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    for tensor, value in weights.items():
+        layer, end = tensor.removesuffix(".weight").rsplit(".lora_", 1)
+        if layer not in found:
+            raise ValueError(f"LoRA {name}: model.path = {config.path} has no linear layer {layer}; is it another's?")
+        has = found[layer].in_features if end == "A" else found[layer].out_features
+        wants = value.shape[1 if end == "A" else 0]
+        if wants != has:
+            raise ValueError(
+                f"LoRA {name}: {layer} has {wants} {'inputs' if end == 'A' else 'outputs'} there and {has} in "
+                f"model.path = {config.path}; is it another's?"
+            )
 
 
 def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) -> None:

@@ -16,7 +16,7 @@ from nft_ray.cli.evaluate import announced
 from nft_ray.cli.main import main
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import numpy_weights, peft_config, random_weights, read_lora
+from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.rewards.base import Scores
 from nft_ray.sampler import SamplerCore
@@ -222,6 +222,29 @@ def test_a_lora_that_changes_nothing_is_refused(
     peft.get_peft_model(transformer, peft_config(LoraConfig(), LORA_TARGETS)).save_pretrained(str(tmp_path / "fresh"))
     line = refused(capsys, run(prompts, tmp_path / "out", "--lora", str(tmp_path / "fresh")))
     assert "every lora_B is 0" in line
+
+
+def test_a_lora_of_another_model_is_refused(
+    prompts: str, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, lora = read_lora(published)
+    config = ModelConfig(lora=lora)
+    for name, change, message in (
+        (
+            "deeper",
+            {"transformer_blocks.99.attn.to_q": (64, 64)},
+            "has no linear layer transformer_blocks.99.attn.to_q",
+        ),
+        ("wider", {"transformer_blocks.0.attn.to_q": (64, 999)}, "has 999 outputs there and"),
+    ):
+        other = dict(weights)
+        for layer, (_, width) in change.items():
+            inputs = weights["transformer_blocks.0.attn.to_q.lora_A.weight"].shape[1]
+            other[f"{layer}.lora_A.weight"] = np.ones((6, inputs), np.float32)
+            other[f"{layer}.lora_B.weight"] = np.ones((width, 6), np.float32)
+        export_lora(other, config, tmp_path / name)
+        assert message in refused(capsys, run(prompts, tmp_path / "out", "--lora", str(tmp_path / name)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
