@@ -13,7 +13,7 @@ import hmac
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,10 @@ from nft_ray.rewards.base import Scores, one_line
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 64
-MAX_PIXELS = 4096 * 4096
-"""Per image; checked before it is decoded."""
+MAX_SIDE = 4096
+"""Pixels; checked before an image is decoded, like the next."""
+MAX_PIXELS = 64 * 1024 * 1024
+"""Of all images of a request: 64 of 1024 x 1024. Blank ones of a few kB each would else fill the memory."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -55,6 +57,15 @@ def check_head(method: str, headers: Mapping[str, str], token: str | None) -> No
         check_size(int(length))
 
 
+async def read(pieces: AsyncIterable[bytes]) -> bytes:
+    """The body, which need not say how long it is; HttpError as soon as it is too large."""
+    body = bytearray()
+    async for piece in pieces:
+        body += piece
+        check_size(len(body))
+    return bytes(body)
+
+
 def check_size(num_bytes: int) -> None:
     """HttpError where a body is too large."""
     if num_bytes > MAX_BODY_BYTES:
@@ -69,17 +80,20 @@ def parse(body: bytes) -> list[tuple[list[int], np.ndarray, list[str], list[dict
     check_size(len(body))
     try:
         data = _Body.model_validate(json.loads(body))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise HttpError(400, f"the body is no JSON: {error}") from None
     except ValidationError as error:
         raise HttpError(400, one_line(error, "body", known=list(_Body.model_fields))[:500]) from None
+    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, a number of 5000 digits, brackets without end
+        raise HttpError(400, f"the body is no JSON: {error}") from None
     metadata = data.metadata if data.metadata is not None else [{} for _ in data.images]
     if not len(data.images) == len(data.prompts) == len(metadata):
         raise HttpError(
             400,
             f"{len(data.images)} images need as many prompts and metadata, not {len(data.prompts)} and {len(metadata)}",
         )
-    images = [_decode(index, text) for index, text in enumerate(data.images)]
+    for index, prompt in enumerate(data.prompts):
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise HttpError(400, f"body.prompts.{index}: half a surrogate pair is no character")
+    images = _decoded(data.images)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
@@ -102,11 +116,22 @@ def answer(name: str, num_images: int, parts: list[tuple[list[int], Scores]]) ->
     return {"reward": name, "scores": values, "details": columns}
 
 
-def _decode(index: int, text: str) -> np.ndarray:
+def _decoded(texts: list[str]) -> list[np.ndarray]:
+    images: list[np.ndarray] = []
+    for index, text in enumerate(texts):
+        images.append(_decode(index, text, MAX_PIXELS - sum(image.shape[0] * image.shape[1] for image in images)))
+    return images
+
+
+def _decode(index: int, text: str, room: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise HttpError(413, f"images.{index} has {image.width} x {image.height} pixels; at most {MAX_PIXELS}")
+            if max(image.size) > MAX_SIDE:
+                raise HttpError(
+                    413, f"images.{index} has {image.width} x {image.height} pixels; at most {MAX_SIDE} a side"
+                )
+            if image.width * image.height > room:
+                raise HttpError(413, f"images.{index}: with it there are more than {MAX_PIXELS} pixels; send fewer")
             return np.asarray(image.convert("RGB"))
     except binascii.Error:
         raise HttpError(400, f"images.{index} is not base64") from None

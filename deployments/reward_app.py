@@ -23,7 +23,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
-from deployments.http_api import HttpError, answer, check_head, parse
+from deployments.http_api import HttpError, answer, check_head, parse, read
 from nft_ray.rewards.base import Reward, RewardConfig, Scores
 from nft_ray.rewards.unique import Unique
 
@@ -72,7 +72,7 @@ class RewardReplica:
         """HTTP: see http_api."""
         try:
             check_head(request.method, request.headers, self._token)
-            parts = await asyncio.to_thread(parse, await request.body())
+            parts = await asyncio.to_thread(parse, await read(request.stream()))
             scores = await asyncio.gather(*(self.score(*part[1:]) for part in parts))
         except HttpError as error:
             return JSONResponse({"error": error.reason}, error.status)

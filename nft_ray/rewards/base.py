@@ -157,7 +157,7 @@ def check_lines(name: str, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> No
 
 def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
     """Raise a ValueError unless images are uint8 (B, H, W, 3) with one prompt and one metadata each."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
         raise ValueError(f"images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}")
     if not len(images) == len(prompts) == len(metadata):
         raise ValueError(

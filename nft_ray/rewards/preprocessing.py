@@ -18,6 +18,8 @@ from PIL import Image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's CLIP; OpenCLIP's ViT-H-14, HPSv2, PickScore and ImageReward kept them."""
+MAX_SIDE_RATIO = 16
+"""More elongated images lose their ends before they are resized: 1 x 20000 becomes 3 GB, of which 0.15 MB stay."""
 CPU = torch.device("cpu")
 
 
@@ -60,6 +62,7 @@ def padded(images: np.ndarray, size: int, *, device: torch.device = CPU) -> torc
 
 
 def _crop(image: np.ndarray, *, size: int, rounding: Callable[[float], int]) -> np.ndarray:
+    image = _middle(image)
     height, width = image.shape[:2]
     short = min(height, width)
     new_height, new_width = int(size * height / short), int(size * width / short)
@@ -67,6 +70,13 @@ def _crop(image: np.ndarray, *, size: int, rounding: Callable[[float], int]) -> 
         image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
     top, left = rounding((new_height - size) / 2), rounding((new_width - size) / 2)
     return image[top : top + size, left : left + size]
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """The image without the ends of a side that is more than MAX_SIDE_RATIO times the other."""
+    longest = MAX_SIDE_RATIO * min(image.shape[:2])
+    top, left = (max(0, side - longest) // 2 for side in image.shape[:2])
+    return image[top : top + longest, left : left + longest]
 
 
 def _scaled(images: np.ndarray, device: torch.device) -> torch.Tensor:

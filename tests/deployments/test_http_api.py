@@ -1,15 +1,17 @@
 """What is refused over HTTP, with which status and words, and that an answer keeps the order of its request."""
 
+import asyncio
 import base64
 import io
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from deployments.http_api import MAX_BODY_BYTES, MAX_IMAGES, HttpError, answer, check_head, parse
+from deployments.http_api import MAX_BODY_BYTES, MAX_IMAGES, MAX_SIDE, HttpError, answer, check_head, parse, read
 from nft_ray.rewards.base import Scores
 
 
@@ -17,6 +19,10 @@ def encoded(height: int, width: int, value: int = 0, image_format: str = "PNG") 
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (value, value, value)).save(buffer, format=image_format)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+BLANK = encoded(4096, 4096)
+"""50 MB in 63 kB."""
 
 
 def body(**fields: Any) -> bytes:
@@ -62,7 +68,15 @@ def test_an_answer_is_in_the_order_of_the_request_and_missing_is_null() -> None:
         (body(images=[base64.b64encode(b"no image").decode()]), 400, r"images\.0 is no whole PNG, JPEG, WEBP image"),
         (body(images=[encoded(64, 64, 9)[:80]]), 400, r"images\.0 is no whole"),
         (body(images=[encoded(4, 6, image_format="GIF")]), 400, r"images\.0 is no whole"),
-        (body(images=[encoded(4097, 4096)]), 413, r"images\.0 has 4096 x 4097 pixels; at most 16777216"),
+        (
+            body(images=[encoded(1, MAX_SIDE + 1)]),
+            413,
+            rf"images\.0 has {MAX_SIDE + 1} x 1 pixels; at most 4096 a side",
+        ),
+        (body(images=[BLANK] * 5, prompts=["p"] * 5), 413, r"images\.4: with it there are more than 67108864 pixels"),
+        (b"[" * 100_000, 400, "the body is no JSON"),
+        (body(metadata=[{"n": 1}]).replace(b"1", b"1" * 5000), 400, "the body is no JSON"),
+        (body(prompts=["\ud800"]), 400, r"body\.prompts\.0: half a surrogate pair"),
     ],
 )
 def test_a_bad_body_is_refused_with_its_reason(data: bytes, status: int, reason: str) -> None:
@@ -95,3 +109,25 @@ def test_a_bad_head_is_refused_before_the_body_is_read(
 def test_a_good_head_passes() -> None:
     check_head("POST", {"authorization": "Bearer secret", "content-length": "100"}, "secret")
     check_head("POST", {}, None)
+
+
+def test_a_body_that_does_not_say_its_size_is_not_read_to_its_end() -> None:
+    sent = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(2 * MAX_BODY_BYTES // 2**20):
+            sent.append(number)
+            yield b" " * 2**20
+
+    with pytest.raises(HttpError) as refused:
+        asyncio.run(read(pieces()))
+    assert refused.value.status == 413
+    assert len(sent) == MAX_BODY_BYTES // 2**20 + 1
+
+
+def test_a_body_comes_in_pieces() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        yield b"}"
+
+    assert asyncio.run(read(pieces())) == b"{}"

@@ -64,7 +64,13 @@ def test_an_empty_batch(reward: Reward) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((1, 8, 8, 3)), np.zeros((1, 3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+    "bad",
+    [
+        np.zeros((1, 8, 8, 3)),
+        np.zeros((1, 3, 8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((1, 0, 8, 3), np.uint8),
+    ],
 )
 def test_what_is_no_batch_of_images_is_refused(reward: Reward, bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 3\)"):

@@ -86,6 +86,23 @@ def test_padded_fits_the_longer_side_and_leaves_black() -> None:
     assert padded(white[:, :, :1].repeat(9, axis=1), 30).isfinite().all()  # 540 x 1: the side of 0.06 becomes 1
 
 
+@pytest.mark.parametrize(("height", "width"), [(2, 5000), (5000, 2)])
+def test_a_very_elongated_image_is_not_resized_whole(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one picture of 1 x 20000 takes 3 GB. What stays of it is the same."""
+    one = image(height, width)
+    middle = tuple(slice(side // 2 - 4, side // 2 + 4) if side > 2 else slice(None) for side in one.shape[:2])
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(self: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+        sizes.append(size)
+        return resize(self, size, resample)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    torch.testing.assert_close(cropped(one[None], 224), cropped(one[None][(slice(None), *middle)], 224))
+    assert max(map(max, sizes)) <= 224 * 16
+
+
 @pytest.mark.parametrize("transform", [cropped, padded])
 def test_a_batch_is_its_images_in_their_order_and_may_be_read_only(transform: Callable[..., torch.Tensor]) -> None:
     batch = np.stack([np.roll(image(50, 41), shift, axis=1) for shift in range(9)])
