@@ -3,7 +3,8 @@
 Applications are detached: they outlive the job that made them, so who deploys deletes, failures included, unless that
 was `nft-ray rewards serve`, whose purpose it is that they stay. `deploy` returns what IT made, and only that.
 
-Failure policy: an application of the same name is someone else's and never overwritten. Without `scorers.attach` it is
+Failure policy: an application of the same name is someone else's and never overwritten; jobs that start together look
+and deploy one after the other. Without `scorers.attach` it is
 refused; with it, it is used if it was made from the same configuration, else refused with the keys that differ. One
 that cannot start takes the others of this call down with it and raises a single line with its cause. Who attaches to an
 application of a job that ends loses it: its rewards are then missing, and the run stops by
@@ -16,7 +17,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +29,7 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
-from deployments.plane import PREFIX, Dashboard, delete, serve_details, server_name
+from deployments.plane import NAMESPACE, PREFIX, Dashboard, delete, drop_server, serve_details, server_name
 from deployments.reward_app import Load, application
 from deployments.sglang_server import serve_sglang
 from nft_ray.config import ExperimentConfig, HttpConfig, differences
@@ -35,6 +37,7 @@ from nft_ray.rewards.base import Autoscaling, RewardConfig, load_reward
 
 logger = logging.getLogger(__name__)
 
+LOCK = "deploying-rewards"
 POLL_S = 0.1
 REPORT_S = 10.0
 PROBE_S = 60.0
@@ -49,37 +52,77 @@ async def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboar
     for a name that is taken, another configuration, a port in use or a `py_executable` that does not fit; RuntimeError
     where a reward, or the server of its model, does not start.
     """
-    deployed = set(serve.status().applications)
     described = {name: describe(name, reward) for name, reward in config.reward_configs.items()}
-    for name in described:
-        if f"{PREFIX}{name}" in deployed:
-            await _attach(name, described[name], config)
-    wanted = {name: reward for name, reward in config.reward_configs.items() if f"{PREFIX}{name}" not in deployed}
-    for name, reward in wanted.items():
-        check_py_executable(name, reward)
-    _start_serve(config.scorers.http, dashboard_url)
-    http = config.scorers.http
-    token = http.token.get_secret_value() if http and http.token else None
-    names = [f"{PREFIX}{name}" for name in wanted]
+    shared = [name for name in described if f"{PREFIX}{name}" in serve.status().applications]
+    for name in shared:
+        await _attach(name, described[name], config)
+    for name, reward in config.reward_configs.items():
+        if name not in shared:
+            check_py_executable(name, reward)
+    names: list[str] = []
     try:
-        targets = [
-            _target(
-                name,
-                await _with_server(name, config.rewards[name] or {}, reward),
-                reward,
-                load,
-                token=token,
-                routed=http is not None,
-            )
-            for name, reward in wanted.items()
-        ]
-        if targets:
-            serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-            await _wait_until_running(names, config.cluster.wait_s)
+        async with _alone(config.cluster.wait_s):
+            deployed = serve.status().applications
+            wanted = {name: one for name, one in config.reward_configs.items() if f"{PREFIX}{name}" not in deployed}
+            late = described.keys() - wanted.keys() - set(shared)  # another job was faster
+            if late and not config.scorers.attach:
+                raise _exists(min(late))
+            _start_serve(config.scorers.http, dashboard_url)
+            names = [f"{PREFIX}{name}" for name in wanted]
+            await _run(config, wanted, load)
+        for name in late:
+            await _attach(name, described[name], config)
+        await _wait_until_running(names, config.cluster.wait_s)
     except BaseException:
         delete(names)
         raise
     return names
+
+
+async def _run(config: ExperimentConfig, wanted: Mapping[str, RewardConfig], load: Load) -> None:
+    """Ask Serve for these applications, the servers of their models started before. They take time to run."""
+    http = config.scorers.http
+    token = http.token.get_secret_value() if http and http.token else None
+    targets = [
+        _target(
+            name,
+            await _with_server(name, config.rewards[name] or {}, reward),
+            reward,
+            load,
+            token=token,
+            routed=http is not None,
+        )
+        for name, reward in wanted.items()
+    ]
+    if targets:
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+@ray.remote(num_cpus=0)
+class _Lock:
+    """Whoever has an actor of this name may deploy. It ends with the process that made it, however that ends."""
+
+
+@asynccontextmanager
+async def _alone(wait_s: float) -> AsyncIterator[None]:
+    """Between two jobs that look for the same reward and do not find it, the second would overwrite the first's."""
+    started = reported = time.monotonic()
+    while True:
+        try:
+            lock = _Lock.options(name=LOCK, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
+            break
+        except ValueError:  # the name is taken
+            now = time.monotonic()
+        if now - started > wait_s:
+            raise RuntimeError(f"another job deploys rewards since {wait_s:g} s (cluster.wait_s); try again")
+        if now - reported >= REPORT_S:
+            reported = now
+            logger.info("waiting for another job that deploys rewards (%.0f s)", now - started)
+        await asyncio.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        ray.kill(lock)
 
 
 async def _with_server(name: str, section: Mapping[str, Any], config: RewardConfig) -> Mapping[str, Any]:
@@ -87,6 +130,7 @@ async def _with_server(name: str, section: Mapping[str, Any], config: RewardConf
     server = getattr(config, "server", None)
     if server is None:
         return section
+    drop_server(f"{PREFIX}{name}")  # of a job that was killed before it had deployed the reward
     actor = await serve_sglang(server.model_copy(update={"name": server_name(f"{PREFIX}{name}")}))
     return {**section, "server": None, "urls": [await actor.url.remote()]}
 
@@ -171,15 +215,19 @@ async def _ask(name: str, method: str, wait_s: float) -> Any:
 
 async def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
     if not config.scorers.attach:
-        raise ValueError(
-            f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
-            f"delete it with `nft-ray rewards delete {name}`"
-        )
+        raise _exists(name)
     found = dict(await _ask(name, "describe", config.cluster.wait_s))
     if keys := differences(found, wanted):
         changes = ", ".join(f"{key} is {_at(found, key)!r} there, {_at(wanted, key)!r} here" for key in keys[:3])
         raise ValueError(f"Serve application {PREFIX}{name} was deployed with another configuration: {changes}")
     logger.info("using %s%s, which is deployed already", PREFIX, name)
+
+
+def _exists(name: str) -> ValueError:
+    return ValueError(
+        f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
+        f"delete it with `nft-ray rewards delete {name}`"
+    )
 
 
 def _at(tree: Mapping[str, Any], dotted: str) -> Any:

@@ -13,6 +13,7 @@ never shuts Serve down, for others may use it.
 
 import contextlib
 import difflib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,19 @@ def delete(names: Sequence[str]) -> None:
         serve.delete(name, _blocking=False)
     for name in names:
         serve.delete(name)
-        with contextlib.suppress(ValueError):  # most have no server
-            ray.kill(ray.get_actor(server_name(name), namespace=NAMESPACE))  # which takes its processes along
+        drop_server(name)
+
+
+def drop_server(application: str) -> None:
+    """End the server that was started for an application, its processes included; most have none.
+
+    Returns when its name is free again.
+    """
+    with contextlib.suppress(ValueError):  # no such actor (any more)
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            ray.kill(ray.get_actor(server_name(application), namespace=NAMESPACE))
+            time.sleep(0.1)
 
 
 def server_name(application: str) -> str:

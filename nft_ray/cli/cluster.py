@@ -12,7 +12,7 @@ from actors.placement import check
 from actors.roles import ray_evaluation_roles, ray_roles
 from deployments.build import check_port, deploy
 from deployments.plane import delete
-from nft_ray.cli.connection import joins
+from nft_ray.cli.connection import check_reachable, joins
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.base import TorchRewardConfig, reward_files
 from nft_ray.rewards.weights import require, weights_root
@@ -42,6 +42,7 @@ def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator
     """A connected Ray; gives its dashboard's host:port. One started here is shut down in the end, whatever happens."""
     if joins(address):
         say("joining the Ray cluster")
+        check_reachable(address)
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     else:
         say("starting a local Ray")

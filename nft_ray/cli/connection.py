@@ -2,15 +2,20 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 
+CONNECT_S = 10.0
+
 
 @contextmanager
 def joined(address: str | None) -> Iterator[str | None]:
     """A Ray that runs already, for a command that looks at it; gives its dashboard's host:port."""
+    check_reachable(address)
     try:
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
@@ -22,6 +27,19 @@ def joined(address: str | None) -> Iterator[str | None]:
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str | None) -> None:
+    """RuntimeError, one line, where nobody listens at the host:port of a cluster: ray.init tries it for minutes."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address or not (found := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address)):
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(
+            f"no Ray cluster at {address} ({error}): start one with `ray start --head`, or give another --address"
+        ) from None
 
 
 def joins(address: str | None) -> bool:

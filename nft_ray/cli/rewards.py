@@ -247,6 +247,8 @@ def _read_image(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is no image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -216,6 +216,18 @@ def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int
     assert list(serve.status().applications) == [f"reward-{REWARD}"]
 
 
+def test_of_two_jobs_that_start_together_one_deploys_and_the_other_attaches(plane: str, port: int) -> None:
+    from deployments.build import deploy
+    from deployments.plane import delete
+
+    job = config(port, OTHER, attach=True)
+    with ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(asyncio.run, deploy(job, fake_load_reward, dashboard_url=plane)) for _ in range(2)]
+        made = sorted(one.result() for one in started)
+    assert made == [[], [f"reward-{OTHER}"]]
+    delete(made[1])
+
+
 def test_two_jobs_use_one_application(plane: str, port: int) -> None:
     from actors.scorers import ServeScorers
     from nft_ray.types import Rollout, RolloutInfo

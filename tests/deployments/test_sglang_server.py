@@ -458,6 +458,27 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: No
 
 
 @pytest.mark.ray
+def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: None, stand_in: StandIn) -> None:
+    """A job that is killed between the server and the reward leaves a detached actor, which holds GPUs for nobody."""
+    from deployments.build import deploy
+    from deployments.plane import delete, server_name
+    from deployments.sglang_server import serve_sglang
+    from tests.fakes import fake_config
+
+    server = stand_in.config(num_gpus=0, num_cpus=0.1)
+    asyncio.run(serve_sglang(server.model_copy(update={"name": server_name("reward-unified_reward")})))
+    left = stand_in.starts[0]["pid"]
+    section = {"server": server.model_dump(mode="json"), "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}
+    names = asyncio.run(deploy(fake_config(rewards={"unified_reward": section})))
+    try:
+        assert len(stand_in.starts) == 2
+        until(lambda: not is_alive(left))
+    finally:
+        delete(names)
+    until(lambda: not stand_in.alive())
+
+
+@pytest.mark.ray
 def test_a_reward_whose_server_does_not_start_leaves_nothing(local_ray: None, stand_in: StandIn) -> None:
     from ray import serve
 
