@@ -23,7 +23,8 @@ repeated, because some quote the key.
 
 Source: `unifiedreward_score_sglang` in flow_grpo/rewards.py of DiffusionNFT; the model: Wang et al. 2025 (arXiv
 2503.05236). Different on purpose: a text without a score is missing, not 0; a number that is not from 1 to 5 is no
-score (published: 10 counts as 1, 5.5 as 5.5); the data URL names its type, image/png.
+score (published: 10 counts as 1, 5.5 as 5.5), nor is a range (published: 1-5 counts as 1); the data URL names its type,
+image/png.
 """
 
 import asyncio
@@ -78,7 +79,7 @@ POLL_S = 0.02
 CLOSE_S = 5.0
 
 _WHERE = "rewards.unified_reward"
-_FINAL_SCORE = re.compile(r"Final Score:\s*(\d+(?:\.\d+)?)")
+_FINAL_SCORE = re.compile(r"Final Score:\s*(\d+(?:\.\d+)?)(?!\d|\.\d)(?!(?:[-–]| to )\d)")
 _TRIED_AGAIN = {408, 409, 429}
 _USER_ERRORS = {401, 403, 404}
 
@@ -126,7 +127,10 @@ class Config(RewardConfig):
 
 
 def parse_score(text: str) -> float | None:
-    """The first number from 1 to 5 that follows "Final Score:", / 5; None where there is none. Case matters."""
+    """The first number from 1 to 5 that follows "Final Score:", / 5; None where there is none. Case matters.
+
+    A range, "1-5" or "1 to 5", is the instruction repeated, not a score.
+    """
     numbers = (float(number) for number in _FINAL_SCORE.findall(text))
     return next((number / BEST_SCORE for number in numbers if WORST_SCORE <= number <= BEST_SCORE), None)
 

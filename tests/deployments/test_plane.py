@@ -221,11 +221,14 @@ def test_of_two_jobs_that_start_together_one_deploys_and_the_other_attaches(plan
     from deployments.plane import delete
 
     job = config(port, OTHER, attach=True)
-    with ThreadPoolExecutor(2) as pool:
-        started = [pool.submit(asyncio.run, deploy(job, fake_load_reward, dashboard_url=plane)) for _ in range(2)]
-        made = sorted(one.result() for one in started)
+    job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"wait_s": 300.0})})
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            started = [pool.submit(asyncio.run, deploy(job, fake_load_reward, dashboard_url=plane)) for _ in range(2)]
+            made = sorted(one.result() for one in started)
+    finally:
+        delete([f"reward-{OTHER}"])
     assert made == [[], [f"reward-{OTHER}"]]
-    delete(made[1])
 
 
 def test_two_jobs_use_one_application(plane: str, port: int) -> None:
