@@ -48,13 +48,15 @@ async def evaluate(
     *,
     num_lines: int,
     pictures: Collection[int],
+    at_once: int,
     progress: Progress,
 ) -> None:
     """Work off the requests. RuntimeError once more lines miss a reward than `scorers.max_missing_fraction` allows.
 
     What was scored by then is kept. `num_lines`: of the whole prompt set; `progress(what, done, of)` is told.
+    At most `at_once` requests are anywhere between a sampler and the folder.
     """
-    room = asyncio.Semaphore(roles.samplers.size * config.sampler.max_in_flight + config.scorers.max_in_flight)
+    room = asyncio.Semaphore(at_once)
     done, missing = num_lines - sum(request.num_images for request in requests), 0
 
     async def one(request: RolloutRequest) -> None:
@@ -84,6 +86,11 @@ async def evaluate(
                 group.create_task(one(request))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
+
+
+def pipeline_depth(config: ExperimentConfig) -> int:
+    """Requests that keep every sampler and every reward busy."""
+    return config.sampler.num_workers * config.sampler.max_in_flight + config.scorers.max_in_flight
 
 
 def spaced(num_lines: int, count: int = PICTURES) -> list[int]:

@@ -244,7 +244,10 @@ def table(
 
 
 def evaluation_table(summary: Mapping[str, Mapping[str, float | int | None]]) -> str:
-    """Mean and 95 % interval of the overall metrics, then per tag; how many lines stand behind each, how many miss."""
+    """Mean and 95 % interval of the overall metrics, then per tag; how many lines stand behind each, how many miss.
+
+    Below them GenEval's own overall score, which weighs its tags alike, however many lines each has.
+    """
     names = _rows(summary)
     width = max(len(name) for name in [*names, "metric"])
     missing = any(summary[name]["missing"] for name in names)
@@ -257,6 +260,10 @@ def evaluation_table(summary: Mapping[str, Mapping[str, float | int | None]]) ->
         mean, low, high = (math.nan if row[key] is None else float(row[key] or 0) for key in ("mean", "low", "high"))
         cells = f"{row['count']:>6}  {_number(mean):>9}  {f'{_number(low)} to {_number(high)}':>20}"
         shown.append(f"{name:<{width}}  {cells}" + (f"  {row['missing']:>7}" if missing else ""))
+    of_tags = [row["mean"] for name, row in summary.items() if name.startswith("geneval/correct/")]
+    scores = [float(mean) for mean in of_tags if mean is not None]
+    if scores:
+        shown.append(f"GenEval's overall score, the mean of {len(scores)} tags' `correct`: {np.mean(scores):.4f}")
     return "\n".join(shown)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nft_ray.evaluator import evaluate, open_requests, spaced
+from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.prompts import PromptSet
 from nft_ray.results import EvaluationFolder
 from nft_ray.rewards.base import Scores
@@ -68,7 +68,14 @@ def run(folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = ()) 
     folder.replace(kept)
     roles = EvaluationRoles(samplers=plane, scorers=plane)
     work = evaluate(
-        CONFIG, roles, folder, requests, num_lines=50, pictures=pictures, progress=lambda what, done, of: None
+        CONFIG,
+        roles,
+        folder,
+        requests,
+        num_lines=50,
+        pictures=pictures,
+        at_once=pipeline_depth(CONFIG),
+        progress=lambda what, done, of: None,
     )
     asyncio.run(work)
     folder.replace(folder.results())
@@ -81,7 +88,7 @@ def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
     assert sorted(plane.drawn) == list(range(50))
     results = EvaluationFolder(tmp_path).results()
     assert [(r.line, r.scores["jpeg_compressibility"]) for r in results] == [(i, float(i)) for i in range(50)]
-    assert plane.most <= 2 * 2 + 3
+    assert plane.most == pipeline_depth(CONFIG) == 2 * 2 + 3
 
 
 @pytest.mark.parametrize("after", [0, 1, 6, 12])

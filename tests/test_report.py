@@ -133,6 +133,8 @@ def test_the_table_of_an_evaluation_says_how_sure_it_is() -> None:
     lines = report.evaluation_table(summary | {"ocr": gone}).splitlines()
     assert lines[0].split()[-1] == "missing"
     assert lines[4].split() == ["ocr", "0", "-", "-", "to", "-", "90"]
+    tags = {f"geneval/correct/{tag}": row | {"mean": mean} for tag, mean in (("colors", 0.5), ("counting", 0.25))}
+    assert report.evaluation_table(summary | tags).splitlines()[-1].endswith("the mean of 2 tags' `correct`: 0.3750")
 
 
 LINES: list[dict[str, Any]] = [

@@ -23,7 +23,7 @@ from nft_ray.cli.lora_source import find_source
 from nft_ray.cli.train import Interrupted, headline
 from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
-from nft_ray.evaluator import evaluate, open_requests, spaced
+from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, checksum, read_lora
 from nft_ray.prompts import PromptSet, load_prompts
@@ -39,7 +39,7 @@ from nft_ray.results import (
     read_results,
     summarise_results,
 )
-from nft_ray.rewards.base import check_lines
+from nft_ray.rewards.base import check_lines, reward_config
 from nft_ray.roles import EvaluationRoles
 from nft_ray.types import Adapters, AdapterWeights, Weights
 
@@ -89,10 +89,24 @@ def _config(args: argparse.Namespace) -> ExperimentConfig:
     names = args.rewards.split(",") if args.rewards else DATASET_REWARDS.get(args.dataset, tuple(config.rewards))
     sections = {name: config.rewards.get(name) or SECTIONS.get(name) or {} for name in names}
     asked = {name: {**section, "weight": 1.0, "eval_only": False} for name, section in sections.items()}
+    for name, section in asked.items():
+        _check_reward(name, section, by_dataset=not args.rewards and name not in config.rewards)
     tree = config.model_dump()
     if args.dataset:
         tree["prompts"] = {**tree["prompts"], "test": args.dataset}
     return parse({**tree, "rewards": asked})
+
+
+def _check_reward(name: str, section: dict[str, Any], *, by_dataset: bool) -> None:
+    try:
+        reward_config(name, section)
+    except ValueError as error:
+        if not by_dataset:
+            raise
+        raise ValueError(
+            f"{error}; the data set asks for {name}: write its section with --set rewards.{name}.KEY=VALUE, or name "
+            "the rewards that are wanted with --rewards"
+        ) from None
 
 
 def _check_effect(weights: Weights, lora: str) -> None:
@@ -151,7 +165,14 @@ def _draw_and_score(
             if weights is not None:
                 await roles.samplers.load(announced(weights))
             await evaluate(
-                config, roles, folder, requests, num_lines=num_lines, pictures=pictures, progress=screen.progress
+                config,
+                roles,
+                folder,
+                requests,
+                num_lines=num_lines,
+                pictures=pictures,
+                at_once=1 if args.local else pipeline_depth(config),
+                progress=screen.progress,
             )
 
     with context as dashboard_url:
