@@ -119,8 +119,7 @@ def test_too_many_missing_stop_it_and_keep_what_is_there(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match=r"of 50 lines miss a reward \(jpeg_compressibility, jpeg_inc.*allows 25%"):
         run(folder, Plane(broken=tuple(range(10, 50))))
     kept = folder.results()
-    assert 12 < sum(bool(r.missing) for r in kept) <= 16
-    assert len(kept) < 50
+    assert 12 < sum(bool(r.missing) for r in kept) <= 12 + 4 * pipeline_depth(CONFIG)  # those that were about to end
 
 
 def test_pictures_are_kept_and_drawn_again_where_they_are_wanted_later(tmp_path: Path) -> None:
