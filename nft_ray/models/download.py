@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
 
 from nft_ray.config import ModelConfig
 
@@ -47,6 +48,8 @@ ALWAYS = ("scheduler", "transformer", "vae")
 WEIGHTS = ("diffusion_pytorch_model", "model")
 REPORT_S = 10.0
 """Seconds between two lines of progress."""
+ATTEMPTS = 3
+"""How often a broken connection is made again, beyond what the Hub's client does itself."""
 STALL_S = 300.0
 """A download of which nothing arrived for so many seconds is given up."""
 
@@ -216,11 +219,15 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
     before, outcome = _size(blobs), list[Exception | None]()
 
     def work() -> None:
-        try:
-            _snapshot(config.path, config.revision, wanted, token)
-            outcome.append(None)
-        except FAILURES as error:
-            outcome.append(error)
+        for attempt in range(ATTEMPTS):
+            try:
+                _snapshot(config.path, config.revision, wanted, token)
+                return outcome.append(None)
+            except httpx2.TransportError as error:
+                if attempt == ATTEMPTS - 1:
+                    return outcome.append(error)
+            except FAILURES as error:
+                return outcome.append(error)
 
     try:
         planned = _snapshot(config.path, config.revision, wanted, token, dry_run=True)
@@ -247,7 +254,9 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str], token: str | None, **options: Any) -> Any:
-    return snapshot_download(name, revision=revision, allow_patterns=wanted, token=token or False, **options)
+    return snapshot_download(
+        name, revision=revision, allow_patterns=wanted, token=token or False, tqdm_class=_NoBar, **options
+    )
 
 
 def _cached(config: ModelConfig, wanted: list[str], text_parts: Sequence[str], transformer_only: bool) -> Path | None:
@@ -269,6 +278,13 @@ def _missing_weights(place: Path) -> list[str]:
         if (place / f"{name}.safetensors").is_file():
             return []
     return [f"{place.name}/*.safetensors"]
+
+
+class _NoBar(tqdm):  # type: ignore[type-arg]
+    """Bars are for terminals; here, lines are told."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{name: value for name, value in options.items() if name != "name"}, disable=True)
 
 
 def _size(folder: Path) -> int:
