@@ -14,7 +14,7 @@ Failure policy
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -24,9 +24,11 @@ from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.downloads import download
 from actors.pool import WORKER_FAILURES, DeadlineError, answer, free_resources, one_line, together, waiting
 from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
+from nft_ray.models.base import fetch_model
 from nft_ray.types import Adapters, AdapterWeights, Batch, CleanSamples, LearnerState, TrainGroup, UpdateResult
 
 GRACE_S = 5.0
@@ -76,6 +78,9 @@ class LearnerActor:
         dist.init_process_group(
             backend, store=self._store, rank=self._rank, world_size=self._world_size, timeout=timeout
         )
+
+    def download(self, token: str | None) -> Iterator[str]:
+        yield from fetch_model(self._config.model, token, transformer_only=True)
 
     def build(self) -> None:
         self._core = self._make()
@@ -136,6 +141,7 @@ class LearnerGroup:
         self._actors = [self._spawn(f"{name}-{rank}", rank, self._bundles) for rank in range(self.size)]
         start = f"start with {learner.num_cpus:g} CPUs and {learner.num_gpus:g} GPUs each"
         await self._all(start, lambda actor: actor.__ray_ready__.remote(), self._config.cluster.wait_s, free_resources)
+        await together([download(actor, self._config.model, "a learner") for actor in self._actors])
         if self.size > 1:
             host, port = await answer(self._actors[0].open_store.remote(), "rank 0 to open a store", learner.timeout_s)
             await self._all("join the process group", lambda actor: actor.join.remote(host, port))

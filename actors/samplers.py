@@ -12,14 +12,16 @@ Failure policy
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 
+from actors.downloads import download
 from actors.pool import WorkerPool, answer
 from nft_ray.config import ExperimentConfig
+from nft_ray.models.base import fetch_model
 from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import (
     Adapters,
@@ -48,6 +50,10 @@ class SamplerActor:
 
     def __init__(self, make: SamplerFactory, config: ExperimentConfig, name: str) -> None:
         self._make = lambda: make(config, name)
+        self._model = config.model
+
+    def download(self, token: str | None) -> Iterator[str]:
+        yield from fetch_model(self._model, token)
 
     def build(self) -> None:
         self._core = self._make()
@@ -122,6 +128,7 @@ class SamplerPool:
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
         timeout_s, loaded = self._config.sampler.timeout_s, list[Adapters]()
+        await download(actor, self._config.model, "a sampler")
         await answer(actor.build.remote(), "a sampler's model to load", timeout_s)
         while missing := [kept for kept in self._kept.values() if not any(kept is done for done in loaded)]:
             adapters = missing[0]

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import transformers
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
-from nft_ray.models.download import folder_of, missing_parts, prepare
+from nft_ray.models.download import fetch, folder_of, missing_parts, prepare
 from nft_ray.models.lora_files import find_lora
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
@@ -98,6 +98,11 @@ def load_model(config: ModelConfig, device: torch.device, *, transformer_only: b
     check_folder(config, folder, transformer_only=transformer_only)
     model: FlowModel = module.load(config, folder, device, transformer_only=transformer_only)
     return model
+
+
+def fetch_model(config: ModelConfig, token: str | None, *, transformer_only: bool = False) -> Iterator[str]:
+    """Bring a Hub id's files to this node; gives lines of progress. See download.fetch."""
+    return fetch(config, family(config).text_parts(config), transformer_only=transformer_only, token=token)
 
 
 def quiet_libraries() -> None:

@@ -140,6 +140,12 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
+def is_remote(config: ModelConfig) -> bool:
+    """Whether `fetch` may have something to do: the pipeline or the LoRA to start from is a Hub id."""
+    names = [config.path, *([config.lora.start] if config.lora.start else [])]
+    return any(name != NANO and not Path(name).expanduser().exists() and is_hub_id(name) for name in names)
+
+
 def lora_folder(name: str, token: str | None) -> Path:
     """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors.
 
