@@ -1,5 +1,6 @@
 """Downloads against a server of ours: ranges, cut connections, changed files, wrong sums, a Hub, no network."""
 
+import dataclasses
 import hashlib
 import os
 import socket
@@ -16,7 +17,7 @@ import requests
 
 from nft_ray.cli import fetch as module
 from nft_ray.cli.fetch import PIECE_BYTES, fetch
-from nft_ray.rewards.weights import WeightFile
+from nft_ray.published import PublishedFile
 from tests.conftest import free_port
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -148,10 +149,10 @@ def publish(hub: Site, name: str, content: bytes, *, large: bool) -> None:
             hub.files[path] = content
 
 
-def direct(site: Site, sha256: str | None = SHA256, etag: str | None = '"one"') -> WeightFile:
+def direct(site: Site, sha256: str | None = SHA256, etag: str | None = '"one"') -> PublishedFile:
     site.files["/weights.pt"] = CONTENT
     site.headers["/weights.pt"] = {"ETag": etag} if etag else {}
-    return WeightFile(path="direct/weights.pt", url=f"{site.url}/weights.pt", sha256=sha256, mib=1)
+    return PublishedFile(path="direct/weights.pt", url=f"{site.url}/weights.pt", sha256=sha256, mib=1)
 
 
 def no_leftovers(root: Path) -> bool:
@@ -172,6 +173,21 @@ def test_a_file_is_downloaded_once_and_its_sum_lies_beside_it(site: Site, tmp_pa
     fetch([file], tmp_path, said.append)
     assert len(site.asked) == 1
     assert said[1:] == ["1 of 1 files are there"]
+
+
+def test_a_file_may_be_pinned_by_the_sum_that_git_gives_it(site: Site, tmp_path: Path) -> None:
+    said: list[str] = []
+    right, wrong = (
+        dataclasses.replace(direct(site, sha256=None), git_sha1=git_sha1(content)) for content in (CONTENT, b"other")
+    )
+    fetch([right], tmp_path, said.append)
+    assert said == ["[1/1] direct/weights.pt: 1.0 MiB, checksum right"]
+    (tmp_path / "direct/weights.pt.sha256").unlink()  # somebody brought the file by hand
+    fetch([right], tmp_path, said.append)
+    assert said[1:] == ["1 of 1 files are there"]
+    (tmp_path / "direct/weights.pt.sha256").unlink()
+    with pytest.raises(ValueError, match=r"its checksum is [0-9a-f]{40}, published is [0-9a-f]{40}; deleted"):
+        fetch([wrong], tmp_path, said.append)
 
 
 def test_a_cut_connection_is_resumed_where_it_was_cut(site: Site, tmp_path: Path) -> None:
@@ -250,7 +266,7 @@ def test_a_busy_server_is_asked_again(site: Site, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_fetched_although_another_fails(site: Site, tmp_path: Path) -> None:
     file, said = direct(site), []
-    gone = [WeightFile(path=f"direct/{name}", url=f"{site.url}/{name}") for name in ("gone.pt", "lost.pt")]
+    gone = [PublishedFile(path=f"direct/{name}", url=f"{site.url}/{name}") for name in ("gone.pt", "lost.pt")]
     with pytest.raises(ValueError, match=r"^[^\n]*/gone.pt: the server answers 404; .*\(and 1 more, said above\)$"):
         fetch([gone[0], file, gone[1]], tmp_path, said.append)
     assert (tmp_path / file.path).read_bytes() == CONTENT
@@ -260,7 +276,7 @@ def test_what_is_missing_is_fetched_although_another_fails(site: Site, tmp_path:
 
 def test_without_a_network_it_says_which_file_goes_where(tmp_path: Path) -> None:
     port = free_port()
-    files = [WeightFile(path=f"direct/{i}.pt", url=f"http://127.0.0.1:{port}/{i}.pt", sha256=SHA256) for i in (1, 2)]
+    files = [PublishedFile(path=f"direct/{i}.pt", url=f"http://127.0.0.1:{port}/{i}.pt", sha256=SHA256) for i in (1, 2)]
     said: list[str] = []
     with pytest.raises(ValueError) as caught:
         fetch(files, tmp_path, said.append)
@@ -277,7 +293,7 @@ def test_without_a_network_it_says_which_file_goes_where(tmp_path: Path) -> None
 
 
 def test_a_copied_file_is_checked_once_and_needs_no_network(tmp_path: Path) -> None:
-    file = WeightFile(path="direct/weights.pt", url="http://127.0.0.1:9/weights.pt", sha256=SHA256)
+    file = PublishedFile(path="direct/weights.pt", url="http://127.0.0.1:9/weights.pt", sha256=SHA256)
     (tmp_path / "direct").mkdir()
     (tmp_path / file.path).write_bytes(CONTENT)
     fetch([file], tmp_path, lambda _: None)
@@ -301,7 +317,7 @@ def test_a_damaged_file_is_downloaded_again(site: Site, tmp_path: Path) -> None:
 
 def test_too_little_disk_is_said_before_anything_is_asked(site: Site, tmp_path: Path) -> None:
     file = direct(site)
-    huge = WeightFile(path=file.path, url=file.url, sha256=SHA256, mib=1e12)
+    huge = PublishedFile(path=file.path, url=file.url, sha256=SHA256, mib=1e12)
     with pytest.raises(ValueError, match=r"GiB are to come and [\d.]+ GiB are free; make room, or choose"):
         fetch([huge], tmp_path / "new", lambda _: None)
     assert site.asked == []
@@ -330,7 +346,7 @@ def test_large_and_small_files_of_the_hub(hub: Site, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     publish(hub, "model.safetensors", CONTENT, large=True)
     publish(hub, "sub/config.json", b'{"a": 1}', large=False)
-    files = [WeightFile(path=f"{REPOSITORY}/{name}") for name in ("model.safetensors", "sub/config.json")]
+    files = [PublishedFile(path=f"{REPOSITORY}/{name}") for name in ("model.safetensors", "sub/config.json")]
     hub.cut_after = [4 * PIECE_BYTES]
     said: list[str] = []
     fetch(files, tmp_path, said.append)
@@ -361,19 +377,19 @@ def test_the_hubs_own_record_is_the_checksum(hub: Site, tmp_path: Path, large: b
     expected = SHA256 if large else git_sha1(CONTENT)
     found = hashlib.sha256(CONTENT[::-1]).hexdigest() if large else git_sha1(CONTENT[::-1])
     with pytest.raises(ValueError, match=f"checksum is {found}, published is {expected}"):
-        fetch([WeightFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
+        fetch([PublishedFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_pinned_sum_that_the_hub_no_longer_holds_is_not_downloaded(hub: Site, tmp_path: Path) -> None:
     publish(hub, "file", CONTENT, large=True)
     with pytest.raises(ValueError, match=f"its checksum is {SHA256} by now, wanted is {'0' * 64}"):
-        fetch([WeightFile(path=f"{REPOSITORY}/file", sha256="0" * 64)], tmp_path, lambda _: None)
+        fetch([PublishedFile(path=f"{REPOSITORY}/file", sha256="0" * 64)], tmp_path, lambda _: None)
     assert [asked[0] for asked in hub.asked] == ["HEAD"]
 
 
 def test_a_new_version_at_the_hub_does_not_mix_into_an_old_part(hub: Site, tmp_path: Path) -> None:
-    file = WeightFile(path=f"{REPOSITORY}/file")
+    file = PublishedFile(path=f"{REPOSITORY}/file")
     publish(hub, "file", CONTENT, large=True)
     hub.cut_after = [4 * PIECE_BYTES] + [0] * (module.ATTEMPTS - 1)
     with pytest.raises(ValueError):
@@ -387,7 +403,7 @@ def test_a_new_version_at_the_hub_does_not_mix_into_an_old_part(hub: Site, tmp_p
 
 def test_a_copied_hub_file_is_compared_with_the_hubs_record(hub: Site, tmp_path: Path) -> None:
     publish(hub, "file", CONTENT, large=False)
-    file, said = WeightFile(path=f"{REPOSITORY}/file"), []
+    file, said = PublishedFile(path=f"{REPOSITORY}/file"), []
     (tmp_path / REPOSITORY).mkdir(parents=True)
     (tmp_path / file.path).write_bytes(CONTENT)
     fetch([file], tmp_path, said.append)
@@ -413,7 +429,7 @@ def test_what_the_hub_refuses(hub: Site, tmp_path: Path, status: int, code: str,
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         set_endpoint(patch, f"http://127.0.0.1:{server.server_address[1]}")
         with pytest.raises(ValueError, match=text) as caught:
-            fetch([WeightFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
+            fetch([PublishedFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
         assert "\n" not in str(caught.value)
         server.shutdown()
 
@@ -425,7 +441,7 @@ def test_no_hub(hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decl
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", declared)
     set_endpoint(monkeypatch, f"http://127.0.0.1:{free_port()}")
-    there, missing = (WeightFile(path=f"{REPOSITORY}/{name}") for name in ("there", "missing"))
+    there, missing = (PublishedFile(path=f"{REPOSITORY}/{name}") for name in ("there", "missing"))
     (tmp_path / REPOSITORY).mkdir(parents=True)
     (tmp_path / there.path).write_bytes(b"as it is")
     said: list[str] = []
@@ -443,8 +459,8 @@ def test_hf_endpoint_and_hf_token_of_the_environment(hub: Site, tmp_path: Path) 
     publish(hub, "file", CONTENT, large=True)
     script = (
         "import sys; from pathlib import Path; from nft_ray.cli.fetch import fetch; "
-        "from nft_ray.rewards.weights import WeightFile; "
-        f"fetch([WeightFile(path='{REPOSITORY}/file')], Path(sys.argv[1]), print)"
+        "from nft_ray.published import PublishedFile; "
+        f"fetch([PublishedFile(path='{REPOSITORY}/file')], Path(sys.argv[1]), print)"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_other"}
     done = subprocess.run(

@@ -1,10 +1,11 @@
-"""Downloads the published files of the rewards: resumed where it was cut off, checked, and never half there.
+"""Downloads published files, of rewards and prompt sets: resumed where it was cut off, checked, and never half there.
 
     published record --GET, from byte n--> NAME.part --checksum--> NAME + NAME.sha256
 
-What is published: `file.sha256` where our code pins one; else what the Hub records of a file, the sha256 of a large
-one and git's own sum of a small one. A direct URL without either has nothing to be compared with; its sum is written
-down. Beside each file lies NAME.sha256, as `sha256sum -c` reads it, so that a second fetch looks at the size only.
+What is published: `file.sha256` or `file.git_sha1` where our code pins one; else what the Hub records of a file, the
+sha256 of a large one and git's own sum of a small one. A direct URL without either has nothing to be compared with;
+its sum is written down. Beside each file lies NAME.sha256, as `sha256sum -c` reads it, so that a second fetch looks at
+the size only.
 
 huggingface_hub is asked where a file is and what its sum is (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold), but does
 not move the bytes: its version 2.4 writes to a file of a random name and deletes it when it is cut off, so 4 GiB on a
@@ -30,7 +31,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from nft_ray.rewards.weights import HUB, WeightFile
+from nft_ray.published import HUB, PublishedFile
 
 Say = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class _Published:
 class _NoNetworkError(ValueError):
     """There is no way to `host` from here."""
 
-    def __init__(self, host: str, reason: str, file: WeightFile, root: Path) -> None:
+    def __init__(self, host: str, reason: str, file: PublishedFile, root: Path) -> None:
         super().__init__(
             f"{host} cannot be reached ({reason}): on a machine with a network, download {file.origin} "
             f"and put it at {root / file.path}"
@@ -71,7 +72,7 @@ class _NoNetworkError(ValueError):
         self.host, self.reason = host, reason
 
 
-def fetch(files: Sequence[WeightFile], root: Path, say: Say) -> None:
+def fetch(files: Sequence[PublishedFile], root: Path, say: Say) -> None:
     """Bring every file to root/path that is not there yet; return when all are, each of the published content.
 
     Raises ValueError, one line: no network (which file to put where), too little disk, a refusal, a wrong checksum.
@@ -100,7 +101,7 @@ def fetch(files: Sequence[WeightFile], root: Path, say: Say) -> None:
         raise ValueError(problems[0] + (f" (and {len(problems) - 1} more, said above)" if problems[1:] else ""))
 
 
-def _fetch_one(file: WeightFile, root: Path, say: Say, label: str) -> None:
+def _fetch_one(file: PublishedFile, root: Path, say: Say, label: str) -> None:
     target = root / file.path
     published = _published(file, root)
     if target.is_file():
@@ -131,9 +132,9 @@ def _fetch_one(file: WeightFile, root: Path, say: Say, label: str) -> None:
 # What is published
 
 
-def _published(file: WeightFile, root: Path) -> _Published:
+def _published(file: PublishedFile, root: Path) -> _Published:
     if file.url is not None:
-        return _Published(url=file.url, digest=file.sha256, tag=file.sha256)
+        return _Published(url=file.url, digest=file.digest, tag=file.digest)
     record = _hub_record(file, root)
     if file.sha256 is not None:
         if record.digest is not None and _SHA256.fullmatch(record.digest) and record.digest != file.sha256:
@@ -142,7 +143,7 @@ def _published(file: WeightFile, root: Path) -> _Published:
     return record
 
 
-def _hub_record(file: WeightFile, root: Path) -> _Published:
+def _hub_record(file: PublishedFile, root: Path) -> _Published:
     """Ask the Hub; the answer's URL names the commit, so that no later push mixes into the bytes."""
     import httpx2
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -171,14 +172,14 @@ def _hub_record(file: WeightFile, root: Path) -> _Published:
     )
 
 
-def _refusal(file: WeightFile, status: int) -> str:
+def _refusal(file: PublishedFile, status: int) -> str:
     if status in (401, 403) and file.url is None:
         access = f"accept its licence at {HUB}/{file.repository} and set HF_TOKEN"
         return f"{file.origin}: {status}, there is no such repository or it wants an account: {access}"
     return f"{file.origin}: the server answers {status}; look for the file's new place and put it there by hand"
 
 
-def _host(file: WeightFile) -> str:
+def _host(file: PublishedFile) -> str:
     from huggingface_hub import constants
 
     return urlsplit(file.url or constants.ENDPOINT).netloc
@@ -188,7 +189,7 @@ def _host(file: WeightFile) -> str:
 
 
 def _download(
-    published: _Published, out: BinaryIO, part: Path, say: Say, label: str, file: WeightFile, root: Path
+    published: _Published, out: BinaryIO, part: Path, say: Say, label: str, file: PublishedFile, root: Path
 ) -> None:
     """Fill NAME.part, over as many connections as it takes."""
     failures, reached = 0, False
@@ -205,7 +206,7 @@ def _download(
             time.sleep(RETRY_S * failures)
 
 
-def _transfer(published: _Published, out: BinaryIO, part: Path, say: Say, label: str, file: WeightFile) -> None:
+def _transfer(published: _Published, out: BinaryIO, part: Path, say: Say, label: str, file: PublishedFile) -> None:
     """One connection. `out` appends to NAME.part. Raises a RequestException where another try may help."""
     have = _resumable(published, part)
     if have and have == published.size:
@@ -312,24 +313,26 @@ def _progress(label: str, start: int, total: int | None, say: Say) -> Iterator[C
 # Files
 
 
-def _is_verified(file: WeightFile, root: Path) -> bool:
+def _is_verified(file: PublishedFile, root: Path) -> bool:
     """Whether a file is there and known to be right, without a network and mostly without reading it."""
     target = root / file.path
     if not target.is_file():
         return False
     recorded = _recorded(target)
-    if recorded is None:
-        if file.sha256 is None and file.url is None:
-            return False  # the Hub knows
-        found = _sha256(target)
-    elif _size(target) == recorded[1] and target.stat().st_mtime_ns <= _record_file(target).stat().st_mtime_ns:
+    if recorded is not None and _is_unchanged(target, recorded[1]):
         return file.sha256 in (None, recorded[0])
-    else:
-        found = _sha256(target)
-    wanted = file.sha256 or (recorded[0] if recorded else found)
-    if found == wanted:
+    if recorded is None and file.digest is None and file.url is None:
+        return False  # the Hub knows
+    found, wanted = _sha256(target), file.sha256 or (recorded[0] if recorded else None)
+    right = found == wanted if wanted else _matches(target, file.git_sha1)
+    if right:
         _record(target, found)
-    return found == wanted
+    return right
+
+
+def _is_unchanged(target: Path, size: int) -> bool:
+    """Since its checksum was written down."""
+    return _size(target) == size and target.stat().st_mtime_ns <= _record_file(target).stat().st_mtime_ns
 
 
 def _record_file(target: Path) -> Path:
@@ -385,7 +388,7 @@ def _check_space(num_bytes: float, folder: Path) -> None:
     if num_bytes > free:
         raise ValueError(
             f"{folder}: {num_bytes / 2**30:.1f} GiB are to come and {free / 2**30:.1f} GiB are free; make room, "
-            "or choose another folder with --weights"
+            "or choose another folder"
         )
 
 

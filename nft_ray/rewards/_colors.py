@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from nft_ray.rewards._clip import ImageEncoder, TextEncoder, device_of, load_open_clip, open_clip
+from nft_ray.rewards._vocabulary import COLORS
 from nft_ray.rewards.base import TorchRewardConfig
 from nft_ray.rewards.preprocessing import cropped
 
 ARCHITECTURE = "ViT-L-14-quickgelu"
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 

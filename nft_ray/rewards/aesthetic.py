@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.clipscore import MODEL, image_files
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 HEAD = "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth"
 HEAD_URL = (
@@ -77,9 +78,9 @@ def load_head(path: Path, dim: int) -> Any:
     return head.eval().requires_grad_(False)
 
 
-def files(config: Config) -> tuple[WeightFile, ...]:
+def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published files: CLIP ViT-L/14 without its tokenizer, and the head."""
-    return (*image_files(), WeightFile(path=HEAD, url=HEAD_URL, sha256=HEAD_SHA256, mib=3.5))
+    return (*image_files(), PublishedFile(path=HEAD, url=HEAD_URL, sha256=HEAD_SHA256, mib=3.5))
 
 
 def build(config: Config) -> Reward:

@@ -7,7 +7,7 @@ A reward is ONE module of this package, `nft_ray/rewards/NAME.py`, that defines
 
 and, where they apply,
 
-    def files(config: Config) -> tuple[WeightFile, ...]        the published files that it loads
+    def files(config: Config) -> tuple[PublishedFile, ...]        the published files that it loads
     def check_line(prompt: str, metadata: Mapping) -> None     ValueError where it cannot score such a prompt: asked
                                                                of every line of the experiment before anything starts
 
@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import nft_ray.rewards
-from nft_ray.rewards.weights import WeightFile
+from nft_ray.published import PublishedFile
 
 _NOT_REWARDS = {"base", "combine", "preprocessing", "servers", "unique", "weights"}
 
@@ -138,10 +138,10 @@ def load_reward(name: str, section: Mapping[str, Any]) -> Reward:
     return reward
 
 
-def reward_files(name: str, config: RewardConfig) -> tuple[WeightFile, ...]:
+def reward_files(name: str, config: RewardConfig) -> tuple[PublishedFile, ...]:
     """The published files that this reward loads; none for one that needs no weights."""
     module = _module(name)
-    found: tuple[WeightFile, ...] = module.files(config) if hasattr(module, "files") else ()
+    found: tuple[PublishedFile, ...] = module.files(config) if hasattr(module, "files") else ()
     return found
 
 

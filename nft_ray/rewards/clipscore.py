@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 MODEL = "openai/clip-vit-large-patch14"
 SCALE = 100.0
@@ -44,20 +45,20 @@ class ClipScore:
         return Scores(values=cosines(self._images, images, self._texts, prompts) * np.float32(self._scale))
 
 
-def image_files() -> tuple[WeightFile, ...]:
+def image_files() -> tuple[PublishedFile, ...]:
     """The published files of the model without its tokenizer."""
     return (
-        WeightFile(path=f"{MODEL}/config.json"),
-        WeightFile(path=f"{MODEL}/model.safetensors", mib=1631),
+        PublishedFile(path=f"{MODEL}/config.json"),
+        PublishedFile(path=f"{MODEL}/model.safetensors", mib=1631),
     )
 
 
-def files(config: Config) -> tuple[WeightFile, ...]:
+def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published files."""
     return (
         *image_files(),
-        WeightFile(path=f"{MODEL}/tokenizer.json", mib=2.1),
-        WeightFile(path=f"{MODEL}/tokenizer_config.json"),
+        PublishedFile(path=f"{MODEL}/tokenizer.json", mib=2.1),
+        PublishedFile(path=f"{MODEL}/tokenizer_config.json"),
     )
 
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 if TYPE_CHECKING:
     from nft_ray.shapes.detector import Detections as ShapesDetections
@@ -306,15 +307,15 @@ def check_line(prompt: str, metadata: Mapping[str, Any]) -> None:
     _parse(metadata)
 
 
-def files(config: Config) -> tuple[WeightFile, ...]:
+def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published files of mask2former and of the colours; none for shapes."""
     if config.detector == "shapes":
         return ()
     return (
-        WeightFile(path=f"{MASK2FORMER}/config.json"),
-        WeightFile(path=f"{MASK2FORMER}/preprocessor_config.json"),
-        WeightFile(path=f"{MASK2FORMER}/model.safetensors", mib=263),
-        WeightFile(path=COLORS_CHECKPOINT, mib=1631),
+        PublishedFile(path=f"{MASK2FORMER}/config.json"),
+        PublishedFile(path=f"{MASK2FORMER}/preprocessor_config.json"),
+        PublishedFile(path=f"{MASK2FORMER}/model.safetensors", mib=263),
+        PublishedFile(path=COLORS_CHECKPOINT, mib=1631),
     )
 
 

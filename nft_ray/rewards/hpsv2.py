@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 ARCHITECTURE = "ViT-H-14"
 CHECKPOINT = "xswu/HPSv2/HPS_v2.1_compressed.pt"
@@ -61,9 +62,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return found
 
 
-def files(config: Config) -> tuple[WeightFile, ...]:
+def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published file; the tokenizer comes with open_clip."""
-    return (WeightFile(path=CHECKPOINT, mib=1881),)
+    return (PublishedFile(path=CHECKPOINT, mib=1881),)
 
 
 def build(config: Config) -> Reward:

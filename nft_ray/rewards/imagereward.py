@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +97,12 @@ def _tokenizer(vocabulary: str) -> Any:
     return tokenizer
 
 
-def files(config: TorchRewardConfig) -> tuple[WeightFile, ...]:
+def files(config: TorchRewardConfig) -> tuple[PublishedFile, ...]:
     """The published files."""
     return (
-        WeightFile(path=CHECKPOINT, mib=1706),
-        WeightFile(path=TEXT_CONFIG),
-        WeightFile(path=VOCABULARY, mib=0.2),
+        PublishedFile(path=CHECKPOINT, mib=1706),
+        PublishedFile(path=TEXT_CONFIG),
+        PublishedFile(path=VOCABULARY, mib=0.2),
     )
 
 

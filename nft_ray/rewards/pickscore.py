@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from nft_ray.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
-from nft_ray.rewards.weights import WeightFile, require, weights_root
+from nft_ray.rewards.weights import require, weights_root
 
 MODEL = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -47,13 +48,13 @@ class PickScore:
         return Scores(values=cos * np.float32(self._scale), details={"cos": cos})
 
 
-def files(config: Config) -> tuple[WeightFile, ...]:
+def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published files."""
     return (
-        WeightFile(path=f"{MODEL}/config.json"),
-        WeightFile(path=f"{MODEL}/model.safetensors", mib=3762),
-        WeightFile(path=f"{TOKENIZER}/tokenizer.json", mib=2.1),
-        WeightFile(path=f"{TOKENIZER}/tokenizer_config.json"),
+        PublishedFile(path=f"{MODEL}/config.json"),
+        PublishedFile(path=f"{MODEL}/model.safetensors", mib=3762),
+        PublishedFile(path=f"{TOKENIZER}/tokenizer.json", mib=2.1),
+        PublishedFile(path=f"{TOKENIZER}/tokenizer_config.json"),
     )
 
 

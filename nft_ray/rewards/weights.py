@@ -6,40 +6,9 @@ anyone with a copy. Nothing here is downloaded at load: a replica that starts re
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-HUB = "https://huggingface.co"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightFile:
-    """One published file.
-
-    path: below the folder of the weights; of a Hub file `OWNER/REPOSITORY/NAME`. url: where it is published, None for
-    the Hub. sha256: published checksum; None = the Hub's own record of the file is compared. mib: about how large.
-    """
-
-    path: str
-    url: str | None = None
-    revision: str = "main"
-    sha256: str | None = None
-    mib: float = 0.1
-
-    @property
-    def repository(self) -> str:
-        """OWNER/REPOSITORY of a Hub file."""
-        return "/".join(self.path.split("/")[:2])
-
-    @property
-    def name(self) -> str:
-        """Path of a Hub file inside its repository."""
-        return "/".join(self.path.split("/")[2:])
-
-    @property
-    def origin(self) -> str:
-        """Where a person can download it."""
-        return self.url or f"{HUB}/{self.repository}/resolve/{self.revision}/{self.name}"
+from nft_ray.published import PublishedFile
 
 
 def weights_root(configured: str | None = None) -> Path:
@@ -48,7 +17,7 @@ def weights_root(configured: str | None = None) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
-def require(reward: str, files: Sequence[WeightFile], root: Path) -> None:
+def require(reward: str, files: Sequence[PublishedFile], root: Path) -> None:
     """ValueError, one line, for the first file that is not there: which one, from where, and the command."""
     absent = [file for file in files if not (root / file.path).is_file()]
     if absent:
