@@ -3,21 +3,15 @@
 The unit is a LINE: its index is the group key, whatever the text says, so equal prompts on two lines are two groups.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nft_ray.config import ExperimentConfig
+from nft_ray.prompt_sets import prompt_file
 from nft_ray.seeding import evaluation_seed, image_seed, permutation
 from nft_ray.types import Adapter, Prompt, RolloutItem, RolloutRequest
-
-PACKAGED = {
-    name: Path(__file__).parent / "shapes" / "prompts" / f"{name[7:]}.jsonl" for name in ("shapes/train", "shapes/test")
-}
-SUFFIXES = (".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +25,12 @@ class PromptSet:
 
 
 def load_prompts(spec: str) -> PromptSet:
-    """A .jsonl file in GenEval's format (`prompt`, and the whole object as metadata), a .txt file, or `shapes/train`.
+    """A .jsonl file in GenEval's format (`prompt`, and the whole object as metadata), a .txt file, or a set's name.
 
-    Raises ValueError with one line for a file that is missing, empty or has a line that is no prompt.
+    Raises ValueError with one line for a set that must be fetched first, a file that is missing or empty, a line that
+    is no prompt.
     """
-    path = PACKAGED.get(spec, Path(spec))
-    if path.suffix not in SUFFIXES:
-        close = difflib.get_close_matches(spec, PACKAGED, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known without a file: {', '.join(PACKAGED)}"
-        raise ValueError(f"prompts {spec}: must be a .jsonl or .txt file; {hint}")
+    path = prompt_file(spec)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

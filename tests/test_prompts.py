@@ -92,7 +92,7 @@ class TestFiles:
     def test_a_misspelt_packaged_set_gets_the_nearest(self) -> None:
         with pytest.raises(ValueError, match=r"^prompts shapes/trian: .*did you mean shapes/train\?$"):
             load_prompts("shapes/trian")
-        with pytest.raises(ValueError, match=r"known without a file: shapes/train, shapes/test$"):
+        with pytest.raises(ValueError, match=r"known by name: shapes/train, .*small/ocr, .*ocr/train, .*drawbench$"):
             load_prompts("zzz")
 
 

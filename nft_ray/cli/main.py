@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from nft_ray.cli.rewards import add_parser, rewards
+from nft_ray.cli import data, rewards
 
+LIGHT = {"rewards": rewards.rewards, "data": data.data}
+"""Commands that start without torch."""
 FAILURES = (ValueError, RuntimeError, OSError)
 
 
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        return rewards(args) if args.command == "rewards" else _heavy(args)
+        return LIGHT.get(args.command, _heavy)(args)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except FAILURES as error:
@@ -53,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     _add_evaluate(commands)
     _add_export(commands)
-    add_parser(commands)
+    rewards.add_parser(commands)
+    data.add_parser(commands)
     return root
 
 
