@@ -174,6 +174,10 @@ class LearnerConfig(WorkersConfig):
     """Optimizer steps per epoch; they partition the epoch's samples."""
     micro_batch_size: Positive = 16
     """(sample, time) pairs of one forward and backward; it changes memory and speed, not the update."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward: a third slower, far less memory."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile) for micro-batches of exactly `micro_batch_size`."""
 
 
 class AlgorithmConfig(Section):
@@ -182,6 +186,8 @@ class AlgorithmConfig(Section):
     """Strength of the implicit positive and negative policies."""
     kl_weight: Annotated[float, Field(ge=0)] = 1e-4
     """Weight of the squared velocity difference to the reference; 0 = v_ref is not even computed."""
+    kl_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a sample's times whose v_ref is computed and sent; the rest is weighted up, so the KL stays unbiased."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
     """Advantages are clipped to +- this before they become an optimality; it also scales the loss."""
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"

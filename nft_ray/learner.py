@@ -6,21 +6,23 @@ of pairs, so any number of ranks, with any share of the pairs (none, too), gives
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nft_ray.algorithms.nft import nft_loss_per_pair
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
-from nft_ray.flow.path import interpolate, x0_from_velocity
+from nft_ray.device import Copies, compile_blocks
+from nft_ray.flow.path import x0_from_velocity
 from nft_ray.models.base import Conditioning, FlowModel, load_model
 from nft_ray.models.lora import assign, assign_start, attach, checksum, numpy_weights, random_weights
+from nft_ray.pairs import gather, micro_batches
 from nft_ray.sampler import probe_velocity
-from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
 PROBE_VERSION = -1
@@ -59,7 +61,13 @@ class LearnerCore:
             lr=config.learner.learning_rate,
             betas=config.learner.betas,
             weight_decay=config.learner.weight_decay,
+            fused=self.device.type == "cuda",
         )
+        if config.learner.gradient_checkpointing:
+            self.model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' own method
+        if config.learner.compile:
+            compile_blocks(self.model.transformer)
+        self._copies = Copies(self.device)
         self.version = 0
         self.optimizer_step = 0
         start = numpy_weights(self.policy)
@@ -159,8 +167,8 @@ class LearnerCore:
     ) -> dict[str, float]:
         """One optimizer step; returns its metrics, summed over ranks."""
         num_pairs = num_samples * self.config.sampler.num_times
-        totals = torch.zeros(3)
-        chunks = list(_micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
+        totals = torch.zeros(3, device=self.device)
+        chunks = list(micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
         self.optimizer.zero_grad(set_to_none=True)
         for i, chunk in enumerate(chunks):
             with self._reduction(last=i == len(chunks) - 1):
@@ -174,7 +182,7 @@ class LearnerCore:
         self.optimizer_step += 1
         self._follow()
         if self.world_size > 1:
-            torch.distributed.all_reduce(totals)
+            dist.all_reduce(totals)
         policy, kl, x0_norm = (totals / num_pairs).tolist()
         return {
             "nft/policy_loss": policy,
@@ -188,28 +196,38 @@ class LearnerCore:
     def _backward(
         self, pairs: np.ndarray, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], num_pairs: int
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch of (group, sample, time) rows; returns the sums of its metrics."""
-        algorithm, of = self.config.algorithm, [(samples[g], i, k) for g, i, k in pairs]
-        x0 = self._tensor([s.x0[i] for s, i, _ in of])
-        t = self._tensor([s.t[i, k] for s, i, k in of])
-        e = noise([s.noise_seeds[i, k] for s, i, k in of], tuple(x0.shape[1:])).to(self.device)
-        v_old = self._tensor([s.v_old[i, k] for s, i, k in of])
-        v_ref = self._tensor([s.v_ref[i, k] for s, i, k in of if s.v_ref is not None]) if algorithm.kl_weight else None
-        r = self._tensor([groups[g].optimality[i] for g, i, _ in pairs])
-        dtype = self._dtype
-        conditioning = {
-            name: self._tensor([s.conditioning[name][0] for s, _, _ in of]).to(dtype) for name in of[0][0].conditioning
-        }
-        x_t = interpolate(x0, e, t)
-        v = self._velocity(x_t, t, conditioning)
-        policy, kl = nft_loss_per_pair(
-            v, v_old, x0, x_t, t, r, beta=algorithm.beta, scale=algorithm.advantage_clip, v_ref=v_ref
+        """Forward and backward of one micro-batch of (group, sample, time) rows; returns the sums of its metrics.
+
+        They stay on the device: nothing in here waits for it, so the host prepares the next micro-batch meanwhile.
+        """
+        algorithm, learner = self.config.algorithm, self.config.learner
+        batch = gather(
+            pairs,
+            groups,
+            samples,
+            self._copies,
+            dtype=self._dtype,
+            with_reference=algorithm.kl_weight > 0,
+            size=learner.micro_batch_size if learner.compile else None,
         )
+        v = self._velocity(batch.x_t, batch.t, batch.conditioning)
+        policy, kl = nft_loss_per_pair(
+            v,
+            batch.v_old,
+            batch.x0,
+            batch.x_t,
+            batch.t,
+            batch.optimality,
+            beta=algorithm.beta,
+            scale=algorithm.advantage_clip,
+            v_ref=batch.v_ref,
+        )
+        policy, kl = policy * batch.weight, kl * batch.ref_weight
         loss = (policy + algorithm.kl_weight * kl).sum() / num_pairs
         # DistributedDataParallel averages over ranks; the loss is already divided by the pairs of all of them
         (loss * self.world_size).backward()
-        x0_norm = x0_from_velocity(x_t, v.detach(), t).flatten(1).pow(2).mean(1).sqrt()
-        return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float().cpu()
+        x0_norm = x0_from_velocity(batch.x_t, v.detach(), batch.t).flatten(1).pow(2).mean(1).sqrt() * batch.weight
+        return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float()
 
     def _reduction(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced over the ranks once per optimizer step: in its last backward."""
@@ -219,27 +237,11 @@ class LearnerCore:
     def _join_without_pairs(self) -> None:
         """Take part in the reduction with a zero gradient; alone, the gradient IS zero."""
         x, t, conditioning = self.model.probe()
-        (self._velocity(x, t, conditioning).sum() * 0.0).backward()
+        with torch.compiler.set_stance("force_eager"):  # its shape is not that of any micro-batch
+            (self._velocity(x, t, conditioning).sum() * 0.0).backward()
 
     @torch.no_grad()
     def _follow(self) -> None:
         decay = ema_decay(self.optimizer_step, self.config.algorithm.ema_decay)
         for name, value in self.policy.items():
             self.ema[name].lerp_(value.detach(), 1 - decay)
-
-    def _tensor(self, rows: Sequence[np.ndarray | np.floating]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False)).to(self.device)
-
-
-def _micro_batches(
-    step: int, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], size: int
-) -> Iterator[np.ndarray]:
-    """Rows (group, sample, time), i64 (at most `size`, 3), of one optimizer step: a sample's times stand together."""
-    rows = [
-        (g, int(i), k)
-        for g, group in enumerate(groups)
-        for i in np.flatnonzero(group.step == step)
-        for k in range(samples[g].t.shape[1])
-    ]
-    for start in range(0, len(rows), size):
-        yield np.array(rows[start : start + size], dtype=np.int64)

@@ -15,7 +15,7 @@ from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
 from nft_ray.device import Copies, compile_blocks
 from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
-from nft_ray.flow.times import training_times
+from nft_ray.flow.times import reference_times, training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
 from nft_ray.models.lora import checksum, merged, unmerged
 from nft_ray.seeding import mix, noise
@@ -151,16 +151,18 @@ class SamplerCore:
         return guided
 
     def _clean_samples(self, x0: torch.Tensor, conditioning: Conditioning, request: RolloutRequest) -> CleanSamples:
-        """v_old and v_ref of every (sample, time) pair of the one group, each with its own noise."""
+        """v_old of every (sample, time) pair of the one group, v_ref of its `kl_fraction`, each with its own noise."""
         (item,) = request.items
         seeds = np.array(item.seeds, dtype=np.int64)
         sigmas = self.model.sigmas(self.config.sampler.num_steps).numpy()
         t = training_times(sigmas, self.config.sampler.num_times, seeds)
         noise_seeds = np.array([[mix("noise", int(s), k) for k in range(t.shape[1])] for s in seeds], dtype=np.int64)
-        v_old, v_ref = self.velocities(x0, t, noise_seeds, conditioning), None
+        v_old, v_ref, chosen = self.velocities(x0, t, noise_seeds, conditioning), None, None
         if self.config.algorithm.kl_weight:
             self._use("reference", request.policy_version)
-            v_ref = self.velocities(x0, t, noise_seeds, conditioning)()
+            chosen = reference_times(t.shape[1], self.config.algorithm.kl_fraction, seeds)
+            t_ref, ref_seeds = (np.take_along_axis(values, chosen, axis=1) for values in (t, noise_seeds))
+            v_ref = self.velocities(x0, t_ref, ref_seeds, conditioning)()
         host = {name: self._copies.download(value.float()) for name, value in conditioning.items()}
         return CleanSamples(
             x0=self._copies.download(x0)(),
@@ -168,6 +170,7 @@ class SamplerCore:
             noise_seeds=noise_seeds,
             v_old=v_old(),
             v_ref=v_ref,
+            ref_times=chosen,
             conditioning={name: value() for name, value in host.items()},
         )
 

@@ -72,6 +72,7 @@ class CleanSamples:
 
     x0 f32 (G, *latent); t f32 (G, T) in [0, 1]; noise_seeds i64 (G, T); v_old f16 or f32 (G, T, *latent);
     v_ref like v_old, or None where the KL weight is 0; conditioning: name -> (1, ...) arrays, once per group.
+    ref_times i64 (G, K): which of its T times each v_ref (G, K, *latent) is of; None = of all.
     """
 
     x0: np.ndarray
@@ -80,6 +81,7 @@ class CleanSamples:
     v_old: np.ndarray
     v_ref: np.ndarray | None
     conditioning: dict[str, np.ndarray]
+    ref_times: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from nft_ray.algorithms.batch import shard
 from nft_ray.learner import LearnerCore
 from nft_ray.models.lora import checksum
+from nft_ray.sampler import SamplerCore
 from nft_ray.types import CleanSamples, TrainGroup, Weights
 from tests.examples import example_config
 
@@ -137,3 +138,54 @@ def test_a_step_without_any_sample_of_this_rank_is_the_zero_gradient() -> None:
     result, _ = update(core, nothing, (1,))
     assert checksum(core.state().policy) == checksum(before)
     assert result.metrics["nft/grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("setting", ["learner.gradient_checkpointing=true", "learner.compile=true"])
+def test_less_memory_or_more_speed_is_the_same_update(setting: str) -> None:
+    groups, counts = example_groups()
+    # 5 pairs divide no step's pairs: the last micro-batch is shorter, and compiled it is filled up
+    plain = LearnerCore(example_config("learner.micro_batch_size=5", kl_weight=0.1))
+    other = LearnerCore(example_config("learner.micro_batch_size=5", setting, kl_weight=0.1))
+    expected, weights = update(plain, groups, counts)
+    result, found = update(other, groups, counts)
+    for name in ("nft/loss", "nft/kl", "nft/x0_norm", "nft/grad_norm"):
+        assert result.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-4)
+    assert distance(found.old, weights.old) < 1e-3
+
+
+def test_the_kl_of_every_choice_of_times_averages_to_the_whole() -> None:
+    """TIMES = 2, so each sample has one of two choices: all samples' first, and all samples' second."""
+    groups, _ = example_groups(epoch_steps=1)
+    groups = [dataclasses.replace(group, step=np.zeros(IMAGES, np.int32)) for group in groups]
+    counts = (GROUPS * IMAGES,)
+
+    def gradient(time: int | None) -> np.ndarray:
+        chosen = groups
+        if time is not None:
+            index = np.full((IMAGES, 1), time, np.int64)
+            chosen = [
+                dataclasses.replace(
+                    group,
+                    samples=dataclasses.replace(
+                        group.samples, v_ref=group.samples.v_ref[:, time : time + 1], ref_times=index
+                    ),
+                )
+                for group in groups
+            ]
+        core = LearnerCore(example_config("learner.max_grad_norm=1e9", kl_weight=0.5))
+        update(core, chosen, counts)
+        return np.concatenate([value.grad.numpy().ravel() for value in core.policy.values() if value.grad is not None])
+
+    whole, first, second = gradient(None), gradient(0), gradient(1)
+    assert np.linalg.norm(first - second) > 1e-2 * np.linalg.norm(whole)  # else there is nothing to average
+    np.testing.assert_allclose((first + second) / 2, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_a_16_bit_policy_equal_to_the_old_one_has_the_samplers_very_velocity() -> None:
+    """v - v_old must be the policies' difference, not that of two ways to round."""
+    config = example_config("model.dtype=bfloat16")
+    learner, sampler = LearnerCore(config), SamplerCore(config)
+    adapters, weights = learner.probe()
+    receipt = sampler.load(adapters, weights)
+    assert (receipt.probe == adapters.probe).all()
+    assert (receipt.probe != adapters.probe_base).any()

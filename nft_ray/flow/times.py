@@ -25,3 +25,14 @@ def training_times(
         )
     rows = [available[permutation(len(available), "times", int(seed))[:num_times]] for seed in seeds]
     return np.stack(rows) if rows else np.empty((0, num_times), dtype=np.float32)
+
+
+def reference_times(num_times: int, fraction: float, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Which of each sample's T = num_times times get a v_ref: int64 (G, K), K = fraction T rounded, at least 1.
+
+    Every time is as likely as any other, and every sample has K, so a sum over them times T/K is the sum over all T in
+    expectation. Row g depends on seeds[g] alone; with fraction 1 it is 0 .. T-1 in order.
+    """
+    count = max(1, round(fraction * num_times))
+    rows = [np.sort(permutation(num_times, "reference times", int(seed))[:count]) for seed in seeds]
+    return np.stack(rows) if rows else np.empty((0, count), dtype=np.int64)

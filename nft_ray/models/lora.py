@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch.nn.functional import linear
 
@@ -57,7 +58,23 @@ def attach(
     for value in found.values():
         value.data = value.data.float()
         value.requires_grad_(True)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            for factor in (*module.lora_A.values(), *module.lora_B.values()):
+                factor.__class__ = LinearLikeItsInput
     return dict(sorted(found.items()))
+
+
+class LinearLikeItsInput(torch.nn.Linear):
+    """A linear layer with float32 weights that works in the dtype of its input.
+
+    So a LoRA is trained in the arithmetic in which a sampler holds it (`LinearBeside`), at the speed of that dtype, and
+    v - v_old of equal weights is 0 and not the difference of two roundings. peft would work in float32.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight.to(input.dtype))
 
 
 def _wire_name(name: str) -> str:

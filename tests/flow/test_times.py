@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nft_ray.flow.times import training_times
+from nft_ray.flow.times import reference_times, training_times
 
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.5, 0.25, 0.0], dtype=np.float32)
 
@@ -35,3 +35,14 @@ def test_more_times_than_the_sampler_has(num_times: int) -> None:
     with pytest.raises(ValueError, match=rf"num_times = {num_times}: .* 5 sigmas above 0; use 1 to 5") as error:
         training_times(SIGMAS, num_times, [1])
     assert "\n" not in str(error.value)
+
+
+def test_reference_times_are_a_fixed_share_of_each_samples_times() -> None:
+    chosen = reference_times(9, 1 / 3, range(3000))
+    assert chosen.shape == (3000, 3)
+    assert (np.diff(chosen, axis=1) > 0).all()
+    counts = np.bincount(chosen.ravel(), minlength=9) / 3000
+    np.testing.assert_allclose(counts, 1 / 3, atol=0.05)  # each as likely as any other
+    np.testing.assert_array_equal(reference_times(9, 1.0, [5])[0], np.arange(9))
+    assert reference_times(9, 0.01, [5]).shape == (1, 1)
+    np.testing.assert_array_equal(reference_times(9, 0.5, [7, 8])[1], reference_times(9, 0.5, [8])[0])
