@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.bootstrap import interval
+from nft_ray.report import table_rows
 from nft_ray.results import LineResult, values_by_metric
 
 
@@ -46,12 +47,14 @@ def compare(a: Sequence[LineResult], b: Sequence[LineResult], names: tuple[str, 
 
 
 def comparison_table(pairs: dict[str, Paired]) -> str:
-    """One row per metric: both means, the difference with its interval, lines better and worse."""
-    width = max(len(name) for name in [*pairs, "B minus A"])
+    """As for one evaluation, a row per metric: both means, the difference with its interval, lines better and worse."""
+    shown = table_rows(pairs)
+    width = max(len(name) for name in [*shown, "B minus A"])
     head = f"{'B minus A':<{width}}  {'lines':>6}  {'A':>9}  {'B':>9}  {'difference':>10}  {'95 % interval':>20}"
     rows = [f"{head}  {'better':>6}  {'worse':>6}"]
     rows.append("-" * len(rows[0]))
-    for name, pair in pairs.items():
+    for name in shown:
+        pair = pairs[name]
         bounds = f"{pair.low:+.4f} to {pair.high:+.4f}"
         rows.append(
             f"{name:<{width}}  {pair.count:>6}  {pair.a:>9.4f}  {pair.b:>9.4f}  {pair.difference:>+10.4f}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from nft_ray.config import ExperimentConfig, ModelConfig, dump
+from nft_ray.config import ClusterConfig, ExperimentConfig, ModelConfig, RunConfig, TrackingConfig, dump
 from nft_ray.models.base import family, load_model
 from nft_ray.models.download import NANO, location, prepare
 from nft_ray.models.lora import merged
@@ -99,6 +99,14 @@ def model_card(
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def shareable(config: ExperimentConfig) -> ExperimentConfig:
+    """Without what concerns the machines that it ran on only: folders, ports, the address of a tracking server."""
+    run = config.run.model_copy(update={"root": RunConfig.model_fields["root"].default})
+    scorers = config.scorers.model_copy(update={"http": None})
+    here = {"run": run, "scorers": scorers, "cluster": ClusterConfig(), "tracking": TrackingConfig()}
+    return config.model_copy(update=here)
 
 
 def loading_code(config: ExperimentConfig, where: str) -> str:

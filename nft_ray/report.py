@@ -227,7 +227,7 @@ def table(
     shared_tags: Collection[str] = (),
 ) -> str:
     """Before, after and change of the overall metrics, then per tag; `*` marks tags that are trained on as well."""
-    names = _rows({*base, *trained})
+    names = table_rows({*base, *trained})
     marked = [name for name in names if name.rpartition("/")[2] in shared_tags]
     labels = {name: f"{name} *" if name in marked else name for name in names}
     width = max(len(label) for label in [*labels.values(), "held-out metric"])
@@ -248,7 +248,7 @@ def evaluation_table(summary: Mapping[str, Mapping[str, float | int | None]]) ->
 
     Below them GenEval's own overall score, which weighs its tags alike, however many lines each has.
     """
-    names = _rows(summary)
+    names = table_rows(summary)
     width = max(len(name) for name in [*names, "metric"])
     missing = any(summary[name]["missing"] for name in names)
     shown = [
@@ -283,7 +283,7 @@ def summary(
     }
 
 
-def _rows(names: Collection[str]) -> list[str]:
+def table_rows(names: Collection[str]) -> list[str]:
     """Overall metrics, then the tags: of a reward's `strict` detail where it has one, else of the reward itself."""
     tags = {name.split("/")[2] for name in names if name.count("/") == 2}
     per_tag = sorted(name for name in names if name.rpartition("/")[2] in tags)

@@ -65,4 +65,5 @@ def test_the_table_has_a_row_per_metric() -> None:
     shown = comparison_table(compare(lines(0.0, 0.5, 1.0, 0.5), lines(1.0, 0.5, 0.75, 1.0), NAMES)).splitlines()
     assert shown[2].split()[:5] == ["ocr", "4", "0.5000", "0.8125", "+0.3125"]
     assert shown[2].split()[-2:] == ["2", "1"]
+    assert [row.split()[0] for row in shown[2:]] == ["ocr", "ocr/x", "ocr/y"]
     assert len({len(line) for line in shown}) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nft_ray.config import ExperimentConfig
 from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.prompts import PromptSet
 from nft_ray.results import EvaluationFolder
@@ -20,6 +21,12 @@ CONFIG = fake_config(
     sampler={"max_in_flight": 2},
     rewards={"jpeg_compressibility": {}, "jpeg_incompressibility": {}},
     scorers={"max_in_flight": 3, "max_missing_fraction": 0.25},
+)
+NARROW = fake_config(
+    evaluation={"batch_size": 4},
+    sampler={"num_workers": 1, "max_in_flight": 1},
+    rewards={"jpeg_compressibility": {}, "jpeg_incompressibility": {}},
+    scorers={"max_in_flight": 1, "max_missing_fraction": 0.25},
 )
 PROMPTS = PromptSet(lines=tuple(Prompt(id=i, text=f"prompt {i}") for i in range(50)))
 
@@ -62,19 +69,21 @@ class Plane:
         return assemble(scores, len(lines), {"jpeg_compressibility": 1.0})
 
 
-def run(folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = ()) -> list[int]:
+def run(
+    folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = (), config: ExperimentConfig = CONFIG
+) -> list[int]:
     """What the command does; gives the lines that were left to do."""
-    requests, kept = open_requests(PROMPTS, CONFIG, "reference", folder, pictures)
+    requests, kept = open_requests(PROMPTS, config, "reference", folder, pictures)
     folder.replace(kept)
     roles = EvaluationRoles(samplers=plane, scorers=plane)
     work = evaluate(
-        CONFIG,
+        config,
         roles,
         folder,
         requests,
         num_lines=50,
         pictures=pictures,
-        at_once=pipeline_depth(CONFIG),
+        at_once=pipeline_depth(config),
         progress=lambda what, done, of: None,
     )
     asyncio.run(work)
@@ -117,9 +126,10 @@ def test_missing_rewards_are_asked_for_again_with_their_whole_batch(tmp_path: Pa
 def test_too_many_missing_stop_it_and_keep_what_is_there(tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path)
     with pytest.raises(RuntimeError, match=r"of 50 lines miss a reward \(jpeg_compressibility, jpeg_inc.*allows 25%"):
-        run(folder, Plane(broken=tuple(range(10, 50))))
+        run(folder, Plane(broken=tuple(range(10, 50))), config=NARROW)
     kept = folder.results()
-    assert 12 < sum(bool(r.missing) for r in kept) <= 12 + 4 * pipeline_depth(CONFIG)  # those that were about to end
+    assert 12 < sum(bool(r.missing) for r in kept) <= 12 + 4 * pipeline_depth(NARROW)  # those that were about to end
+    assert len(kept) < 50
 
 
 def test_pictures_are_kept_and_drawn_again_where_they_are_wanted_later(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from nft_ray.checkpoint import whole_checkpoints, write_atomically
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
-from nft_ray.export import export_merged, model_card
+from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.download import FAILURES
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts import load_prompts
@@ -52,9 +52,9 @@ def export_command(args: argparse.Namespace) -> int:
     export_lora(weights, config.model, target)
     merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if args.merge else None
     report.reward_curve([line for line in read_metrics(run) if line["epoch"] <= epoch], target / "reward_curve.png")
-    write_atomically(target / "config.yaml", dump(config))
+    write_atomically(target / "config.yaml", dump(shareable(config)))
     card = model_card(
-        config,
+        shareable(config),
         epoch=epoch,
         figures=_figures(run, config, epoch),
         versions=versions,
