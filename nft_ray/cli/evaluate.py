@@ -26,6 +26,7 @@ from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, checksum, read_lora
+from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.prompts import PromptSet, load_prompts
 from nft_ray.results import (
     COMPARISON,
@@ -57,7 +58,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         return _compare(args)
     if not args.config or not args.output:
         raise ValueError("evaluate: needs CONFIG and --output DIR, or --compare A B")
-    config = _config(args)
+    config = resolve(args)
     check_model(config.model)
     source = find_source(args.lora) if args.lora else None
     weights, lora = read_lora(source) if source else (None, None)
@@ -74,7 +75,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         return _run(args, config, prompts, folder, weights)
 
 
-def _config(args: argparse.Namespace) -> ExperimentConfig:
+def resolve(args: argparse.Namespace) -> ExperimentConfig:
     """The experiment with the command's options in it, checked as a whole; its rewards are those to ask."""
     options = {
         "evaluation.guidance": args.guidance,
@@ -86,7 +87,7 @@ def _config(args: argparse.Namespace) -> ExperimentConfig:
         "model.dtype": DTYPES[args.precision] if args.precision else None,
     }
     config = load(args.config, [*args.set, *(f"{key}={value}" for key, value in options.items() if value is not None)])
-    names = args.rewards.split(",") if args.rewards else DATASET_REWARDS.get(args.dataset, tuple(config.rewards))
+    names = args.rewards.split(",") if args.rewards else rewards_of(args.dataset) or tuple(config.rewards)
     sections = {name: config.rewards.get(name) or SECTIONS.get(name) or {} for name in names}
     asked = {name: {**section, "weight": 1.0, "eval_only": False} for name, section in sections.items()}
     for name, section in asked.items():
@@ -95,6 +96,13 @@ def _config(args: argparse.Namespace) -> ExperimentConfig:
     if args.dataset:
         tree["prompts"] = {**tree["prompts"], "test": args.dataset}
     return parse({**tree, "rewards": asked})
+
+
+def rewards_of(dataset: str | None) -> tuple[str, ...]:
+    """The rewards of a data set that has a name (`geneval`, `geneval/train`, `small/geneval`); none for a file."""
+    if dataset not in (*PACKAGED, *PUBLISHED, *DATASETS):
+        return ()
+    return next((DATASET_REWARDS[part] for part in dataset.split("/") if part in DATASET_REWARDS), ())
 
 
 def _check_reward(name: str, section: dict[str, Any], *, by_dataset: bool) -> None:

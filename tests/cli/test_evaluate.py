@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import nft_ray.local
-from nft_ray.cli.evaluate import announced
-from nft_ray.cli.main import main
+from nft_ray.cli.evaluate import announced, resolve
+from nft_ray.cli.main import main, parser
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
@@ -195,13 +195,36 @@ def test_comparing(prompts: str, tmp_path: Path, published: Path, capsys: pytest
     assert "line 0: seed is" in line
 
 
+def rewards(*arguments: str, config: Path = QUICKSTART) -> dict[str, Any]:
+    args = parser().parse_args(["evaluate", str(config), "--output", "x", *arguments])
+    return dict(resolve(args).rewards)
+
+
+def test_a_data_set_has_its_rewards_and_the_experiment_their_sections() -> None:
+    urls = ("--set", "rewards.unified_reward.urls=[http://127.0.0.1:1/v1]", "--set", "rewards.hpsv2.num_gpus=0.25")
+    six = {"pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unified_reward"}
+    for dataset in ("drawbench", "small/drawbench", "pickscore/test"):
+        found = rewards("--dataset", dataset, *urls)
+        assert found.keys() == six
+        assert found["hpsv2"]["num_gpus"] == 0.25
+    assert rewards("--dataset", "geneval")["geneval"]["detector"] == "shapes", "as the experiment says"
+    elsewhere = QUICKSTART.with_name("rewards.yaml")
+    assert rewards("--dataset", "small/geneval", config=elsewhere)["geneval"]["detector"] == "mask2former"
+    assert rewards("--dataset", "ocr").keys() == {"ocr"}
+    assert rewards("--dataset", "ocr", "--rewards", "ocr,aesthetic").keys() == {"ocr", "aesthetic"}
+    only_measured = ("--set", "rewards.jpeg_compressibility.eval_only=true")
+    assert rewards(*only_measured).keys() == {"geneval", "jpeg_compressibility"}
+    assert rewards("--dataset", "my/ocr/lines.txt").keys() == {"geneval"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--dataset", "small/drawbench", "--rewards", ""], "rewards.unified_reward"),
         (["--rewards", "jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
         (["--rewards", "geneval"], "not GenEval metadata"),
         (["--dataset", "/nowhere.txt"], "/nowhere.txt: no such file"),
-        (["--dataset", "shapes/tset"], "did you mean shapes/test?"),
+        (["--dataset", "shapes/tset"], "did you mean shapes/test"),
         (["--lora", "/nowhere"], "/nowhere: no such file or folder"),
         (["--guidance", "0.5"], "evaluation.guidance = 0.5"),
         (["--solver", "eular"], "evaluation.solver = 'eular'"),
