@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     _add_evaluate(commands)
     _add_export(commands)
+    command = commands.add_parser("encode", help="an experiment's prompts into model.precomputed, before it starts")
+    command.add_argument("config", help="the experiment")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field")
     rewards.add_parser(commands)
     data.add_parser(commands)
     return root
@@ -100,6 +103,10 @@ def _heavy(args: argparse.Namespace) -> int:
             from nft_ray.cli.export import export_command
 
             return export_command(args)
+        if args.command == "encode":
+            from nft_ray.cli.encode import encode
+
+            return encode(args)
         from nft_ray.cli.evaluate import evaluate_command
 
         return evaluate_command(args)

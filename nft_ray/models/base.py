@@ -74,6 +74,11 @@ class Family(Protocol):
         """The frozen pipeline in `config.dtype`."""
         ...
 
+    @staticmethod
+    def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
+        """The text encoders (conditioning.TextEncoders), on the host."""
+        ...
+
 
 def families() -> list[str]:
     """Names of the model families: the modules of this package."""

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -84,6 +84,11 @@ class Conditioner:
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return _to(joined, self._device, self._dtype)
 
+    def absent(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that the folder does not hold, each once."""
+        paths = {prompt: self._path(prompt) for prompt in dict.fromkeys(prompts)}
+        return [prompt for prompt, path in paths.items() if path is None or not path.exists()]
+
     @property
     def loaded(self) -> bool:
         """Whether the text encoders were needed so far."""
@@ -130,15 +135,13 @@ class Conditioner:
         return self._encoders
 
 
-def conditioner(
-    config: ModelConfig, folder: Path, device: torch.device, load: Callable[[torch.dtype], TextEncoders]
-) -> Conditioner:
-    """The prompts' encoder of a family whose text encoders `load` gives in a data type."""
-    name = config.text_encoder_dtype or config.dtype
+def conditioner(config: ModelConfig, folder: Path, device: torch.device) -> Conditioner:
+    """The prompts' encoder that a configuration asks for, of the pipeline in `folder`."""
+    module, name = family(config), config.text_encoder_dtype or config.dtype
     settings = (config.family, config.max_sequence_length, name)
     return Conditioner(
-        lambda: load(getattr(torch, name)),
-        identity=identity(folder, family(config).text_parts(config), settings) if config.precomputed else "",
+        lambda: module.load_text(config, folder, getattr(torch, name)),
+        identity=identity(folder, module.text_parts(config), settings) if config.precomputed else "",
         device=device,
         dtype=getattr(torch, config.dtype),
         size=config.conditioning_cache,
@@ -150,14 +153,15 @@ def conditioner(
 @contextmanager
 def lent(modules: Sequence[torch.nn.Module], device: torch.device, *, keep: bool) -> Iterator[None]:
     """The modules on the device; afterwards, unless `keep`, back in the very host memory that they came from."""
-    home = [] if keep else [(tensor, tensor.data) for module in modules for tensor in _tensors(module)]
+    home = [] if keep else [(held, name, value, value.data) for held, name, value in _held(modules)]
     for module in modules:
         module.to(device)
     try:
         yield
     finally:
-        for tensor, data in home:
-            tensor.data = data
+        for held, name, value, data in home:  # `to` may have put another tensor there, or other data into this one
+            value.data = data
+            held[name] = value
 
 
 def identity(folder: Path, parts: Sequence[str], settings: Sequence[str | int]) -> str:
@@ -177,9 +181,13 @@ def identity(folder: Path, parts: Sequence[str], settings: Sequence[str | int]) 
     return digest.hexdigest()
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _held(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """(where it is held, its name there, the tensor) of every parameter and buffer."""
+    for module in (part for whole in modules for part in whole.modules()):
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None:
+                    yield held, name, value
 
 
 def _to(conditioning: Conditioning, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:

@@ -169,13 +169,15 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
     if transformer_only:
         return Flux(transformer, scheduler, shape, guidance, None, None)
 
-    def load_text(dtype: torch.dtype) -> _Text:
-        parts = {"transformer": None, "scheduler": scheduler, "vae": None}
-        return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
-
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
     vae.to(memory_format=torch.channels_last)
-    return Flux(transformer, scheduler, shape, guidance, vae, conditioner(config, folder, device, load_text))
+    return Flux(transformer, scheduler, shape, guidance, vae, conditioner(config, folder, device))
+
+
+def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
+    """The text encoders in use, on the host."""
+    pipeline = PIPELINE.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
+    return _Text(pipeline, config.max_sequence_length)
 
 
 def _positions(rows: int, columns: int) -> torch.Tensor:

@@ -130,12 +130,14 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
     if transformer_only:
         return Sana(transformer, scheduler, shape, None, None)
 
-    def load_text(dtype: torch.dtype) -> _Text:
-        parts = {"transformer": None, "scheduler": scheduler, "vae": None}
-        return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
-
     vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
-    return Sana(transformer, scheduler, shape, vae, conditioner(config, folder, device, load_text))
+    return Sana(transformer, scheduler, shape, vae, conditioner(config, folder, device))
+
+
+def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
+    """The text encoder, on the host."""
+    pipeline = PIPELINE.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
+    return _Text(pipeline, config.max_sequence_length)
 
 
 def _factor(folder: Path) -> int:

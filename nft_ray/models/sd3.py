@@ -6,6 +6,7 @@ shift and scale: so what is trained here is what plain diffusers runs afterwards
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -143,14 +144,19 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
     if transformer_only:
         return SD3(transformer, scheduler, shape, None, None)
 
-    def load_text(dtype: torch.dtype) -> _Text:
-        without_t5 = {} if config.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-        parts = {"transformer": transformer, "scheduler": scheduler, "vae": None, **without_t5}
-        return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
-
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
     vae.to(memory_format=torch.channels_last)
-    return SD3(transformer, scheduler, shape, vae, conditioner(config, folder, device, load_text))
+    return SD3(transformer, scheduler, shape, vae, conditioner(config, folder, device))
+
+
+def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
+    """The text encoders in use, on the host."""
+    parts: dict[str, Any] = {"vae": None, "transformer": None}
+    if not config.max_sequence_length:  # `encode_prompt` asks the transformer how wide the features of no T5 would be
+        with torch.device("meta"):
+            transformer = SD3Transformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
+        parts |= {"transformer": transformer, "text_encoder_3": None, "tokenizer_3": None}
+    return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
 
 
 def _factor(folder: Path) -> int:
