@@ -17,7 +17,7 @@ from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
 from nft_ray.models.base import check_model
-from nft_ray.models.lora import export_lora
+from nft_ray.models.lora import check_layers, export_lora, read_lora
 from nft_ray.prompts import PromptSet, check_prompts, load_prompts
 from nft_ray.rewards.base import check_lines
 from nft_ray.roles import Roles
@@ -40,6 +40,8 @@ def train(args: argparse.Namespace) -> int:
     for name in config.rewards:
         check_lines(name, ((line.text, line.metadata) for part in prompts for line in part.lines))
     check_model(config.model)
+    if config.model.lora.start is not None:
+        check_layers(read_lora(config.model.lora.start)[0], config.model, config.model.lora.start)
     if args.dry_run:
         sys.stdout.write(f"{dump(config)}\n{table(needs(config))}\n")
         return 0

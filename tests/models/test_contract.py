@@ -10,11 +10,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig
+from nft_ray.learner import LearnerCore
 from nft_ray.models.base import check_model, families, family, load_model, repeat
 from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights
-from nft_ray.sampler import SamplerCore
+from nft_ray.sampler import SamplerCore, verify
 from nft_ray.seeding import noise
-from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, Weights
+from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
 from tests.models.tiny import KINDS, tiny_model
 
@@ -139,6 +140,25 @@ def test_sixteen_bits(kind: str, tiny_folder: Path) -> None:
     sixteen = load_model(config.model_copy(update={"text_encoder_dtype": None}), CPU).encode(PROMPTS)
     assert any(not torch.equal(sixteen[name], conditioning[name]) for name in sixteen)
     assert model.decode(x).shape == exact.decode(x).shape
+
+
+@pytest.mark.parametrize("kind", ["sd35_medium", "flux_dev", "sana"])
+def test_what_a_sampler_gives_trains_a_learner(kind: str, tiny_folder: Path) -> None:
+    config = experiment(tiny_model(kind, tiny_folder, lora=LORA))
+    sampler, learner = SamplerCore(config), LearnerCore(config)
+    ((adapters, weights),) = learner.adapters()
+    verify(adapters, sampler.load(adapters, weights), config.model.dtype)
+    item = RolloutItem(group_id=0, prompt=Prompt(id=0, text=PROMPTS[0]), seeds=(1, 2, 3, 4))
+    request = RolloutRequest(epoch=0, items=(item,), adapter="old", policy_version=0, split="train")
+    _, _, samples = sampler.rollout(request)
+    assert samples is not None
+    r = np.array([0.0, 0.3, 0.7, 1.0], np.float32)
+    group = TrainGroup(group_id=0, samples=None, optimality=r, step=np.zeros(4, np.int32))
+    result, moved = learner.update(0, [group], [samples], (4,))
+    assert result.metrics["nft/kl"] < 1e-6  # version 0 IS the reference: both velocities must be the same
+    assert result.metrics["nft/grad_norm"] > 0
+    verify(result.adapters, sampler.load(result.adapters, moved), config.model.dtype)
+    assert any(not np.array_equal(moved.ema[name], weights.ema[name]) for name in weights.ema)
 
 
 def test_flux_is_told_its_guidance(tiny_folder: Path) -> None:
