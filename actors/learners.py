@@ -19,11 +19,11 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import ray
+import torch
 import torch.distributed as dist
-from ray.util import remove_placement_group
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
+from actors.bundles import in_bundle
 from actors.downloads import download
 from actors.pool import WORKER_FAILURES, DeadlineError, answer, free_resources, one_line, together, waiting
 from nft_ray.config import ExperimentConfig
@@ -45,6 +45,10 @@ class LearnerLike(Protocol):
     def probe(self) -> tuple[Adapters, AdapterWeights]: ...
 
     def adapters(self) -> tuple[tuple[Adapters, AdapterWeights], ...]: ...
+
+    def park(self) -> None: ...
+
+    def wake(self) -> None: ...
 
     def update(
         self,
@@ -74,7 +78,8 @@ class LearnerActor:
         """Enter the process group; returns when every rank has."""
         if self._rank > 0:
             self._store = self._tcp_store(host, port)
-        backend, timeout = "nccl" if self._config.learner.num_gpus else "gloo", self._timeout
+        on_gpu = self._config.learner.num_gpus and torch.cuda.is_available()  # as the core decides its device
+        backend, timeout = "nccl" if on_gpu else "gloo", self._timeout
         dist.init_process_group(
             backend, store=self._store, rank=self._rank, world_size=self._world_size, timeout=timeout
         )
@@ -84,6 +89,12 @@ class LearnerActor:
 
     def build(self) -> None:
         self._core = self._make()
+
+    def park(self) -> None:
+        self._core.park()
+
+    def wake(self) -> None:
+        self._core.wake()
 
     def restore(self, state: LearnerState) -> None:
         self._core.restore(state)
@@ -122,10 +133,9 @@ class LearnerActor:
 class LearnerGroup:
     """roles.Learners over Ray actors. After a failure it is over; see the policy above."""
 
-    def __init__(self, config: ExperimentConfig, make: LearnerFactory = LearnerCore) -> None:
-        self._config, self._make = config, make
+    def __init__(self, config: ExperimentConfig, bundles: PlacementGroup, make: LearnerFactory = LearnerCore) -> None:
+        self._config, self._make, self._bundles = config, make, bundles
         self._actors: list[Any] = []
-        self._bundles: PlacementGroup | None = None
         self._over = ""
 
     @property
@@ -135,10 +145,7 @@ class LearnerGroup:
     async def start(self) -> None:
         """All ranks placed at once, connected, their models loaded."""
         learner, name = self._config.learner, f"{self._config.run.name}/learner"
-        place = {"CPU": learner.num_cpus or 1e-4, "GPU": learner.num_gpus}
-        place = {kind: amount for kind, amount in place.items() if amount}
-        self._bundles = placement_group([place] * self.size, strategy="PACK", name=name)
-        self._actors = [self._spawn(f"{name}-{rank}", rank, self._bundles) for rank in range(self.size)]
+        self._actors = [self._spawn(f"{name}-{rank}", rank) for rank in range(self.size)]
         start = f"start with {learner.num_cpus:g} CPUs and {learner.num_gpus:g} GPUs each"
         await self._all(start, lambda actor: actor.__ray_ready__.remote(), self._config.cluster.wait_s, free_resources)
         await together([download(actor, self._config.model, "a learner") for actor in self._actors])
@@ -148,13 +155,18 @@ class LearnerGroup:
         await self._all("load the model", lambda actor: actor.build.remote())
 
     def close(self) -> None:
-        """Kill every rank and give the places back."""
+        """Kill every rank."""
         self._over = self._over or "the learner group is closed"
         for actor in self._actors:
             ray.kill(actor)
-        if self._bundles is not None:
-            remove_placement_group(self._bundles)
-        self._actors, self._bundles = [], None
+        self._actors = []
+
+    async def park(self) -> None:
+        """Every rank's device memory is free."""
+        await self._all("park", lambda actor: actor.park.remote())
+
+    async def wake(self) -> None:
+        await self._all("wake up", lambda actor: actor.wake.remote())
 
     async def restore(self, state: LearnerState) -> None:
         ref = ray.put(state)
@@ -265,7 +277,7 @@ class LearnerGroup:
                     RuntimeError("checksums differ"),
                 )
 
-    def _spawn(self, name: str, rank: int, bundles: PlacementGroup) -> Any:
+    def _spawn(self, name: str, rank: int) -> Any:
         learner = self._config.learner
         actor = ray.remote(LearnerActor).options(  # type: ignore[attr-defined]
             name=name,
@@ -273,6 +285,6 @@ class LearnerGroup:
             num_gpus=learner.num_gpus,
             max_restarts=0,
             max_task_retries=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
+            scheduling_strategy=in_bundle(self._bundles, rank),
         )
         return actor.remote(self._make, self._config, rank, self.size)

@@ -25,7 +25,7 @@ class Need:
 def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...]:
     """Every role of the run, in the order of the data: sampler, learner, then one Serve application per reward.
 
-    An evaluation (`training` false) has no learners.
+    An evaluation (`training` false) has no learners. Colocated, a sampler and its learner are one row: one bundle.
     """
     workers = [
         Need(
@@ -48,6 +48,17 @@ def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...
         )
         for name, reward in config.reward_configs.items()
     ]
+    if training and config.cluster.placement == "colocated":
+        sampler, learner = workers
+        workers = [
+            Need(
+                role="sampler + learner",
+                num_workers=sampler.num_workers,
+                num_cpus=sampler.num_cpus + learner.num_cpus,
+                num_gpus=sampler.num_gpus + learner.num_gpus,
+                memory_gib=sampler.memory_gib + learner.memory_gib,
+            )
+        ]
     return (*workers, *rewards)
 
 

@@ -60,14 +60,14 @@ class Worker:
 
 
 class WorkerPool:
-    """`num_workers` seats. `spawn(name)` starts an actor at once; `prepare(actor)` makes it ready to serve."""
+    """`num_workers` seats. `spawn(name, seat)` starts an actor at once; `prepare(actor)` makes it ready to serve."""
 
     def __init__(
         self,
         role: str,
         num_workers: int,
         *,
-        spawn: Callable[[str], Any],
+        spawn: Callable[[str, int], Any],
         prepare: Callable[[Any], Awaitable[None]],
         place: str,
         place_s: float,
@@ -91,6 +91,11 @@ class WorkerPool:
         """Every seat taken and prepared; the first that fails is raised: a run does not start half."""
         with self._pending.one():
             await together([self._occupy(seat) for seat in range(self._num_workers)])
+
+    async def settle(self) -> None:
+        """Return when no replacement is under way: each has its own deadlines."""
+        while self._replacing:
+            await asyncio.wait(self._replacing)
 
     def close(self) -> None:
         """Kill every worker; calls that still wait fail."""
@@ -182,7 +187,7 @@ class WorkerPool:
     async def _occupy(self, seat: int) -> None:
         life, self._lives[seat] = self._lives[seat], self._lives[seat] + 1
         name = f"{self._role}-{seat}" + (f".{life}" if life else "")
-        actor = self._spawn(name)
+        actor = self._spawn(name, seat)
         self._starting.add(actor)
         try:
             await answer(actor.__ray_ready__.remote(), f"{name} {self._place}", self._place_s)

@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 from logging import getLogger
 
 import ray
+from ray.util import remove_placement_group
 
+from actors.bundles import reserve
 from actors.learners import LearnerFactory, LearnerGroup
 from actors.placement import check
 from actors.pool import together
@@ -19,6 +21,7 @@ from actors.samplers import SamplerFactory, SamplerPool
 from actors.scorers import ServeScorers
 from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
+from nft_ray.phases import alternate
 from nft_ray.roles import EvaluationRoles, Roles
 from nft_ray.sampler import SamplerCore
 
@@ -35,15 +38,24 @@ async def ray_roles(
     check(config, ray.cluster_resources())
     started = time.monotonic()
     scorers = ServeScorers(config)
-    samplers, learners = SamplerPool(config, sampler_core), LearnerGroup(config, learner_core)
+    colocated, bundles = config.cluster.placement == "colocated", reserve(config)
+    samplers = SamplerPool(config, sampler_core, bundles if colocated else None)
+    learners = LearnerGroup(config, bundles, learner_core)
     try:
-        await together([samplers.start(), learners.start()])
+        if colocated:  # one after the other: both may not fit the device
+            await learners.start()
+            await learners.park()
+            await samplers.start()
+        else:
+            await together([samplers.start(), learners.start()])
         seconds = time.monotonic() - started
         logger.info("%d samplers and %d learners are ready after %.1f s", samplers.size, learners.size, seconds)
-        yield Roles(samplers=samplers, scorers=scorers, learners=learners)
+        shown = alternate(samplers, learners) if colocated else (samplers, learners)
+        yield Roles(samplers=shown[0], scorers=scorers, learners=shown[1])
     finally:
         samplers.close()
         learners.close()
+        remove_placement_group(bundles)
         await scorers.close()
 
 

@@ -11,13 +11,16 @@ Failure policy
 - A receipt that does not match what the learner announced stops the run with both values.
 """
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import ray
+from ray.util.placement_group import PlacementGroup
 
+from actors.bundles import in_bundle
 from actors.downloads import download
 from actors.pool import WorkerPool, answer
 from nft_ray.config import ExperimentConfig
@@ -40,6 +43,10 @@ class SamplerLike(Protocol):
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt: ...
 
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]: ...
+
+    def park(self) -> None: ...
+
+    def wake(self) -> None: ...
 
 
 SamplerFactory = Callable[[ExperimentConfig, str], SamplerLike]
@@ -64,12 +71,22 @@ class SamplerActor:
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
         return self._core.rollout(request)
 
+    def park(self) -> None:
+        self._core.park()
+
+    def wake(self) -> None:
+        self._core.wake()
+
 
 class SamplerPool:
     """roles.Samplers over Ray actors."""
 
-    def __init__(self, config: ExperimentConfig, make: SamplerFactory = SamplerCore) -> None:
-        self._config, self._make = config, make
+    def __init__(
+        self, config: ExperimentConfig, make: SamplerFactory = SamplerCore, bundles: PlacementGroup | None = None
+    ) -> None:
+        self._config, self._make, self._bundles = config, make, bundles
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._kept: dict[int, Adapters] = {}
         sampler = config.sampler
         self._pool = WorkerPool(
@@ -96,6 +113,16 @@ class SamplerPool:
         """Kill the actors."""
         self._pool.close()
 
+    async def park(self) -> None:
+        """Every worker's device memory is free: what fails to park is killed. Replacements wait until `wake`."""
+        await self._pool.settle()
+        self._awake.clear()
+        await self._pool.broadcast("park", lambda actor: [actor.park.remote()])
+
+    async def wake(self) -> None:
+        self._awake.set()
+        await self._pool.broadcast("wake up", lambda actor: [actor.wake.remote()])
+
     async def load(self, adapters: Adapters) -> None:
         """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
         if isinstance(adapters.weights, AdapterWeights):  # read from a file by the driver, not made by a learner
@@ -118,16 +145,22 @@ class SamplerPool:
     async def images(self, rollout: Rollout) -> np.ndarray:
         return await answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
 
-    def _spawn(self, name: str) -> Any:
+    def _spawn(self, name: str, seat: int) -> Any:
         sampler = self._config.sampler
         actor = ray.remote(SamplerActor).options(  # type: ignore[attr-defined]
-            name=name, num_cpus=sampler.num_cpus, num_gpus=sampler.num_gpus, max_restarts=0, max_task_retries=0
+            name=name,
+            num_cpus=sampler.num_cpus,
+            num_gpus=sampler.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="DEFAULT" if self._bundles is None else in_bundle(self._bundles, seat),
         )
         return actor.remote(self._make, self._config, name)
 
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
         timeout_s, loaded = self._config.sampler.timeout_s, list[Adapters]()
+        await self._awake.wait()  # while samplers are parked their devices belong to the learners
         await download(actor, self._config.model, "a sampler")
         await answer(actor.build.remote(), "a sampler's model to load", timeout_s)
         while missing := [kept for kept in self._kept.values() if not any(kept is done for done in loaded)]:

@@ -55,6 +55,9 @@ class ClusterConfig(Section):
     """Dashboard port of that local Ray; null = 8265 or the next free one. A port in use is an error."""
     wait_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds to wait for the workers of the run to be placed."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: samplers and learners have GPUs of their own. colocated: sampler i and learner i share one, in
+    turns, and the one that waits is in host memory."""
 
 
 class LoraConfig(Section):
@@ -273,6 +276,8 @@ class ExperimentConfig(Section):
                 f"sampler.num_times = {self.sampler.num_times}: training times are drawn from the sampler's "
                 f"{self.sampler.num_steps} sigmas without replacement; use at most {self.sampler.num_steps}"
             )
+        if self.cluster.placement == "colocated":
+            self._can_share_devices()
         num_samples = self.prompts.groups_per_epoch * self.prompts.images_per_group
         if self.learner.optimizer_steps > num_samples:
             raise ValueError(
@@ -289,6 +294,25 @@ class ExperimentConfig(Section):
         if not any(config.weight and not config.eval_only for config in self.reward_configs.values()):
             raise ValueError("rewards: none has a weight to train on; give one of them `weight: 1` without eval_only")
         return self
+
+    def _can_share_devices(self) -> None:
+        samplers, learners = self.sampler.num_workers, self.learner.num_workers
+        if samplers != learners:
+            raise ValueError(
+                f"cluster.placement = 'colocated': each sampler shares a device with a learner, and "
+                f"sampler.num_workers = {samplers}, learner.num_workers = {learners}; make them equal"
+            )
+        if self.run.max_staleness:
+            raise ValueError(
+                f"run.max_staleness = {self.run.max_staleness}: with cluster.placement = 'colocated' samplers and "
+                "learners take turns, so nothing can overlap; use 0"
+            )
+        together = self.sampler.num_gpus + self.learner.num_gpus
+        if together > 1:
+            raise ValueError(
+                f"sampler.num_gpus + learner.num_gpus = {together:g}: with cluster.placement = 'colocated' both are "
+                "shares of one card; use at most 1 in all, such as 0.5 each"
+            )
 
     @property
     def reward_configs(self) -> dict[str, RewardConfig]:

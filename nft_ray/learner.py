@@ -6,7 +6,7 @@ of pairs, so any number of ranks, with any share of the pairs (none, too), gives
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -22,6 +22,7 @@ from nft_ray.flow.path import x0_from_velocity
 from nft_ray.models.base import Conditioning, FlowModel, load_model
 from nft_ray.models.lora import assign, assign_start, attach, checksum, numpy_weights, random_weights
 from nft_ray.pairs import gather, micro_batches
+from nft_ray.parking import Parking, tensors_of
 from nft_ray.sampler import probe_velocity
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
@@ -68,12 +69,28 @@ class LearnerCore:
         if config.learner.compile:
             compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
+        self._parking = Parking(self._tensors, self.device)
         self.version = 0
         self.optimizer_step = 0
         start = numpy_weights(self.policy)
         self._versions = {0: AdapterWeights(old=start, ema=start)}
         velocity = _Velocity(self.model)
         self._velocity = DistributedDataParallel(velocity, forward_sync_buffers=False) if world_size > 1 else velocity
+
+    def park(self) -> None:
+        """Give the device's memory to somebody else; nothing but `wake` may come next."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._parking.park()
+
+    def wake(self) -> None:
+        self._parking.wake()
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """All that is on the device between two updates."""
+        yield from tensors_of([self.model.transformer])
+        yield from self.ema.values()
+        for moments in self.optimizer.state.values():
+            yield from moments.values()
 
     def update(
         self,

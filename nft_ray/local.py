@@ -11,6 +11,7 @@ import numpy as np
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
+from nft_ray.phases import alternate
 from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.unique import Unique
@@ -27,6 +28,12 @@ class LocalSamplers:
     def __init__(self, config: ExperimentConfig) -> None:
         self._core = SamplerCore(config)
         self._dtype = config.model.dtype
+
+    async def park(self) -> None:
+        self._core.park()
+
+    async def wake(self) -> None:
+        self._core.wake()
 
     async def load(self, adapters: Adapters) -> None:
         verify(adapters, self._core.load(adapters, adapters.weights), self._dtype)
@@ -64,30 +71,42 @@ class LocalLearners:
     size = 1
 
     def __init__(self, config: ExperimentConfig) -> None:
-        self._core = LearnerCore(config)
+        self.core = LearnerCore(config)
+
+    async def park(self) -> None:
+        self.core.park()
+
+    async def wake(self) -> None:
+        self.core.wake()
 
     async def restore(self, state: LearnerState) -> None:
-        self._core.restore(state)
+        self.core.restore(state)
 
     async def state(self) -> LearnerState:
-        return self._core.state()
+        return self.core.state()
 
     async def probe(self) -> Adapters:
-        return _with_weights(*self._core.probe())
+        return _with_weights(*self.core.probe())
 
     async def adapters(self) -> tuple[Adapters, ...]:
-        return tuple(_with_weights(adapters, weights) for adapters, weights in self._core.adapters())
+        return tuple(_with_weights(adapters, weights) for adapters, weights in self.core.adapters())
 
     async def update(self, batch: Batch) -> UpdateResult:
         (groups,) = batch.shards
         samples = [group.samples for group in groups]
-        result, weights = self._core.update(batch.epoch, groups, samples, batch.samples_per_step)
+        result, weights = self.core.update(batch.epoch, groups, samples, batch.samples_per_step)
         return dataclasses.replace(result, adapters=_with_weights(result.adapters, weights))
 
 
 def local_roles(config: ExperimentConfig) -> Roles:
     """All three planes in this process."""
-    return Roles(samplers=LocalSamplers(config), scorers=LocalScorers(config), learners=LocalLearners(config))
+    scorers = LocalScorers(config)
+    if config.cluster.placement == "disaggregated":
+        return Roles(samplers=LocalSamplers(config), scorers=scorers, learners=LocalLearners(config))
+    learners = LocalLearners(config)
+    learners.core.park()  # before the sampler's model is loaded: both may not fit
+    samplers, alternating = alternate(LocalSamplers(config), learners)
+    return Roles(samplers=samplers, scorers=scorers, learners=alternating)
 
 
 def local_evaluation_roles(config: ExperimentConfig) -> EvaluationRoles:

@@ -18,6 +18,7 @@ from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
 from nft_ray.models.lora import checksum, merged, unmerged
+from nft_ray.parking import Parking, tensors_of
 from nft_ray.seeding import mix, noise
 from nft_ray.types import (
     Adapter,
@@ -52,6 +53,7 @@ class SamplerCore:
         if config.sampler.compile:
             compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
+        self._parking = Parking(lambda: tensors_of(self.model.modules()), self.device)
         self._versions: dict[int, AdapterWeights] = {}
         self._loaded: tuple[Adapter, int] | None = None
         self._null = self.model.encode([""]) if max(config.sampler.guidance, config.evaluation.guidance) > 1 else None
@@ -70,6 +72,13 @@ class SamplerCore:
             probe=probe_velocity(self.model),
             probe_base=self._probe_base,
         )
+
+    def park(self) -> None:
+        """Give the device's memory to somebody else; nothing but `wake` may come next."""
+        self._parking.park()
+
+    def wake(self) -> None:
+        self._parking.wake()
 
     @torch.no_grad()
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:

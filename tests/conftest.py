@@ -32,14 +32,14 @@ def goldens() -> Path:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of 2 logical CPUs with its own folder and token, for all tests of a module."""
-    with _ray(include_dashboard=False):
+    with own_ray(include_dashboard=False):
         yield
 
 
 @pytest.fixture(scope="module")
 def dashboard_ray() -> Iterator[str]:
     """The same with a dashboard, on a port that is free; gives its host:port."""
-    with _ray(include_dashboard=True, dashboard_port=free_port()) as url:
+    with own_ray(include_dashboard=True, dashboard_port=free_port()) as url:
         assert url
         yield url
 
@@ -52,7 +52,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def _ray(**options: Any) -> Iterator[str | None]:
+def own_ray(**options: Any) -> Iterator[str | None]:
+    """A local Ray with its own folder and token; gives its dashboard's host:port."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # short: Ray's socket paths have a limit

@@ -75,8 +75,16 @@ class FakeSamplerCore:
     def __init__(self, config: "ExperimentConfig", worker: str = "local") -> None:
         self.config, self.worker = config, worker
         self.versions: dict[int, AdapterWeights] = {}
+        self.parked = False
+
+    def park(self) -> None:
+        self.parked = True
+
+    def wake(self) -> None:
+        self.parked = False
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
+        assert not self.parked
         self.versions.pop(adapters.version, None)
         self.versions[adapters.version] = weights
         for version in list(self.versions)[: -(self.config.run.max_staleness + 1)]:
@@ -91,6 +99,7 @@ class FakeSamplerCore:
         )
 
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
+        assert not self.parked
         if request.policy_version not in self.versions:
             raise RuntimeError(f"version {request.policy_version} is not loaded; has {sorted(self.versions)}")
         model = self.config.model
@@ -130,6 +139,13 @@ class FakeLearnerCore:
         self.config, self.rank, self.world_size = config, rank, world_size
         zero = {"lora": np.zeros(4, dtype=np.float32)}
         self.version, self.versions = 0, {0: AdapterWeights(old=zero, ema=zero)}
+        self.parked = False
+
+    def park(self) -> None:
+        self.parked = True
+
+    def wake(self) -> None:
+        self.parked = False
 
     def restore(self, state: LearnerState) -> None:
         self.version, self.versions = state.version, dict(state.versions)
@@ -160,6 +176,7 @@ class FakeLearnerCore:
         samples_per_step: tuple[int, ...],
     ) -> tuple[UpdateResult, AdapterWeights]:
         assert epoch == self.version
+        assert not self.parked
         assert all(group.samples is None for group in groups) or self.world_size == 1
         assert all(len(part.x0) == len(group.step) for group, part in zip(groups, samples, strict=True))
         kept = sum(float(group.optimality[group.step >= 0].sum()) for group in groups)

@@ -52,6 +52,10 @@ class FlowModel(Protocol):
         """The pipeline's own sigmas, f32 (num_steps + 1,), falling, the last one 0."""
         ...
 
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """All that holds weights: the transformer and, unless it is a learner's model, VAE and text encoders."""
+        ...
+
 
 class Family(Protocol):
     """What a family's module holds."""

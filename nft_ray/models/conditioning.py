@@ -94,6 +94,11 @@ class Conditioner:
         """Whether the text encoders were needed so far."""
         return self._encoders is not None
 
+    @property
+    def modules(self) -> Sequence[torch.nn.Module]:
+        """The text encoders, if they were needed so far."""
+        return () if self._encoders is None else self._encoders.modules
+
     def _known(self, prompt: str) -> Conditioning | None:
         if prompt in self._kept:
             self._kept.move_to_end(prompt)

@@ -121,17 +121,19 @@ def merged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str,
     dtype), every merge starts there, is computed in float32 and rounded once.
     """
     layers = _layers(transformer, config, targets)
-    pristine = {name: module.weight.detach().clone() for name, module in layers.items()}
+    for module in layers.values():  # a buffer: it is parked with the model, and never saved
+        module.register_buffer("pristine", module.weight.detach().clone(), persistent=False)
 
     @torch.no_grad()
     def use(weights: Weights | None) -> int:
         factors = dict(weights or {})
         for name, module in layers.items():
+            pristine = module.get_buffer("pristine")
             if weights is None:
-                module.weight.copy_(pristine[name])
+                module.weight.copy_(pristine)
                 continue
             a, b = (_factor(factors, name, kind, module.weight.device) for kind in "AB")
-            module.weight.copy_(torch.add(pristine[name].float(), b @ a, alpha=config.alpha / config.rank))
+            module.weight.copy_(torch.add(pristine.float(), b @ a, alpha=config.alpha / config.rank))
         assert not factors, f"LoRA tensors without a layer: {sorted(factors)[:4]}"
         return 0 if weights is None else 2 * len(layers)
 

@@ -94,6 +94,11 @@ class SD3:
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.clone()
 
+    def modules(self) -> list[torch.nn.Module]:
+        """Transformer, VAE and the text encoders that were needed so far."""
+        text = self._text.modules if self._text is not None else ()
+        return [self.transformer, *([] if self._vae is None else [self._vae]), *text]
+
 
 class _Text:
     """The pipeline's text encoders, with or without T5."""

@@ -19,7 +19,7 @@ def test_learners_that_drift_apart_end_the_group() -> None:
     group = TrainGroup(group_id=0, samples=None, optimality=np.ones(3, np.float32), step=np.zeros(3, np.int32))
     result, _ = learner.update(0, [group], [samples], (3,))
     drifted = dataclasses.replace(result, adapters=dataclasses.replace(result.adapters, checksums={"old": "other"}))
-    learners = LearnerGroup(config)
+    learners = LearnerGroup(config, None)  # type: ignore[arg-type]  # nobody is placed
     learners._agree([result, result])
     with pytest.raises(RuntimeError, match=r"^learner 1 differs from learner 0 after version 1: .*other"):
         learners._agree([result, drifted])

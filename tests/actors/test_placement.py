@@ -22,6 +22,14 @@ def test_the_table_adds_up() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_sampler_and_a_learner_that_share_a_card_are_one_row() -> None:
+    config = fake_config(cluster={"placement": "colocated"}, sampler={"num_gpus": 0.5}, learner={"num_gpus": 0.4})
+    assert [line.split() for line in table(needs(config)).splitlines()[1:3]] == [
+        ["sampler", "+", "learner", "2", "1", "1.8", "4"],
+        ["reward-jpeg_compressibility", "3", "0.75", "0", "0.9"],
+    ]
+
+
 def test_fractions_fill_a_cluster_exactly() -> None:
     config = fake_config(sampler={"num_cpus": 0.3}, learner={"num_cpus": 0.3}, rewards={"jpeg_compressibility": {}})
     check(config, {"CPU": 2.2})

@@ -40,7 +40,7 @@ class World:
         self.scripts: list[list[Any]] = []
         self.prepared: list[str] = []
 
-    def spawn(self, name: str) -> Actor:
+    def spawn(self, name: str, seat: int) -> Actor:
         self.actors.append(Actor(name, self.scripts.pop(0) if self.scripts else []))
         return self.actors[-1]
 

@@ -159,6 +159,18 @@ def test_ray_and_one_process_give_the_bit_identical_lora(
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("flags", [("--local",), ()], ids=["local", "ray"])
+def test_samplers_and_learners_that_take_turns_give_the_bit_identical_lora(
+    flags: tuple[str, ...], local_run: subprocess.CompletedProcess[str], runs: Path, ray_home: dict[str, str]
+) -> None:
+    name = f"colocated{len(flags)}"
+    settings = ("run.num_epochs=3", "cluster.placement=colocated", "sampler.num_workers=1")
+    done = nft_ray(runs, name, *settings, flags=flags, extra=None if flags else ray_home)
+    assert done.returncode == 0, done.stderr
+    assert lora(runs, name) == lora(runs, "local")
+
+
+@pytest.mark.ray
 def test_ctrl_c_ends_the_ray_that_it_started_and_keeps_the_last_checkpoint(
     runs: Path, ray_home: dict[str, str]
 ) -> None:
