@@ -58,9 +58,11 @@ class Checkpoint:
 class RunFolder:
     """The folder of one run. Nothing is written before `claim`."""
 
-    def __init__(self, path: Path, keep: int = 2) -> None:
+    def __init__(self, path: Path, keep: int = 2, results: Path | None = None) -> None:
+        """`results`: where evaluations go, `path` unless a stage has a folder of its own for them."""
         self.path = path
         self.keep = keep
+        self.results = results or path
 
     def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """Make the folder this experiment's, or see that it is; ValueError lists the keys that differ otherwise."""

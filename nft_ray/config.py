@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 from yaml import YAMLError
 
 from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
+from nft_ray.composition import WORKERS, compose, stage_data
 from nft_ray.flow.solvers import Solver
 from nft_ray.rewards.base import RewardConfig, reward_config
 
@@ -255,6 +256,22 @@ class TrackingConfig(Section):
     experiment: str = "nft_ray"
 
 
+class StageConfig(Section):
+    """A part of the run, and what it changes of the experiment; see nft_ray/composition.py."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+    """Shown in the console; names the folder of the stage's evaluations."""
+    num_epochs: Positive
+    prompts: dict[str, Any] = {}
+    sampler: dict[str, Any] = {}
+    learner: dict[str, Any] = {}
+    algorithm: dict[str, Any] = {}
+    rewards: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+    """Exactly the rewards of this stage, each over its section in the experiment; null = all of the experiment's."""
+    scorers: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
 class ExperimentConfig(Section):
     run: RunConfig
     cluster: ClusterConfig = ClusterConfig()
@@ -268,6 +285,19 @@ class ExperimentConfig(Section):
     scorers: ScorersConfig = ScorersConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run, one after the other; none = the experiment itself is the whole run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _num_epochs_of_stages(cls, data: Any) -> Any:
+        """Where the run does not say how many epochs it has, its stages do."""
+        if not isinstance(data, Mapping) or not data.get("stages") or not isinstance(data.get("run"), Mapping):
+            return data
+        counts = [stage.get("num_epochs") if isinstance(stage, Mapping) else None for stage in data["stages"]]
+        if "num_epochs" in data["run"] or not all(type(count) is int for count in counts):
+            return data
+        return {**data, "run": {**data["run"], "num_epochs": sum(counts)}}
 
     @model_validator(mode="after")
     def _across_fields(self) -> "ExperimentConfig":
@@ -314,6 +344,35 @@ class ExperimentConfig(Section):
                 "shares of one card; use at most 1 in all, such as 0.5 each"
             )
 
+    @model_validator(mode="after")
+    def _across_stages(self) -> "ExperimentConfig":
+        names = [stage.name for stage in self.stages]
+        total = sum(stage.num_epochs for stage in self.stages)
+        for number, stage in enumerate(self.stages):
+            if names.index(stage.name) < number:
+                raise ValueError(f"stages.{number}.name = {stage.name!r}: an earlier stage has it; choose another")
+            for role, section in (("sampler", stage.sampler), ("learner", stage.learner)):
+                for key in section.keys() & set(WORKERS):
+                    raise ValueError(f"stages.{number}.{role}.{key}: workers are the whole run's; set {role}.{key}")
+        if self.stages and self.run.num_epochs != total:
+            raise ValueError(
+                f"run.num_epochs = {self.run.num_epochs}: the stages have {total}; leave it out, or change a stage, "
+                f"such as stages.{len(names) - 1}.num_epochs"
+            )
+        assert self.stage_configs  # every stage is a whole experiment and is checked as one
+        return self
+
+    @property
+    def stage_configs(self) -> tuple["ExperimentConfig", ...]:
+        """The experiment of every stage, `run.num_epochs` counted through; without stages, the experiment itself."""
+        data, found = self.model_dump(), []
+        for number, stage in enumerate(self.stages):
+            try:
+                found.append(parse(stage_data(data, number)))
+            except ValueError as error:
+                raise ValueError(f"stages.{number} ({stage.name}): {error}") from None
+        return tuple(found) or (self,)
+
     @property
     def reward_configs(self) -> dict[str, RewardConfig]:
         """Reward name -> its checked configuration."""
@@ -330,15 +389,12 @@ class ExperimentConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The experiment in a YAML file, with `a.b=c` overrides; ValueError with one line for whatever is wrong."""
+    """The experiment in a YAML file, its profile and `a.b=c` overrides; ValueError with one line for what is wrong."""
     try:
         tree: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ValueError(f"config {path}: holds no mapping at the top; start with `run:`")
-        for override in overrides:
-            if override.find("=") < 1:
-                raise ValueError(f"--set {override}: write key=value, such as --set run.seed=1")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        tree = compose(tree, overrides)
         data: Any = OmegaConf.to_container(tree, resolve=True)
     except FileNotFoundError:
         raise ValueError(f"config {path}: no such file{_nearest_file(Path(path))}") from None

@@ -268,14 +268,24 @@ def evaluation_table(summary: Mapping[str, Mapping[str, float | int | None]]) ->
 
 
 def summary(
-    config: ExperimentConfig, base: EvalResult, trained: EvalResult, *, seconds: float, epochs: int
+    config: ExperimentConfig, stages: Mapping[str, tuple[EvalResult, EvalResult]], *, seconds: float, epochs: int
 ) -> dict[str, Any]:
-    """What summary.json holds; its keys are an interface."""
+    """What summary.json holds; its keys are an interface.
+
+    stages: name -> (base, trained) on its test lines, in order; those of the last one are the run's own figures.
+    """
+    base, trained = list(stages.values())[-1]
+    parts = {
+        name: {"base": before.metrics, "trained": after.metrics, "counts": after.counts}
+        for name, (before, after) in stages.items()
+        if name
+    }
     return {
         "name": config.run.name,
         "base": base.metrics,
         "trained": trained.metrics,
         "counts": trained.counts,
+        **({"stages": parts} if parts else {}),
         "seconds": seconds,
         "epochs": epochs,
         "seed": config.run.seed,

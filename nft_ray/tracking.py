@@ -73,11 +73,15 @@ class RunTracker(Tracker):
         return self._mlflow.run.run_id
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
-        """Keep the figures for the epoch's line (epoch 0, the base, is a line of its own); send the pictures."""
+        """Keep the figures for the epoch's line; send the pictures.
+
+        Epoch 0, the base, is a line of its own: the base on the lines of every stage, each when that stage begins.
+        """
         self._evaluated[epoch] = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._mlflow.put(lambda run: run.log_pictures(epoch, result))
         if epoch == 0:
-            self._add(epoch, {})
+            before = self._lines.get(0, {})
+            self._add(0, {name: value for name, value in before.items() if name.startswith("eval/")})
 
     def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
         """Write the line of a finished epoch; the metrics of single optimizer steps go to MLflow only."""

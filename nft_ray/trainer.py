@@ -24,7 +24,10 @@ from nft_ray.types import Adapter, EvalResult, Rewards, Rollout, RolloutRequest,
 
 
 class Trainer:
-    """One run. `run()` returns when the last epoch is finished, evaluated, logged and saved."""
+    """One run, or a stage of one that goes on at `first_epoch`: with the base model on its own lines, to compare with.
+
+    `run()` returns when the last epoch is finished, evaluated, logged and saved.
+    """
 
     def __init__(
         self,
@@ -34,8 +37,10 @@ class Trainer:
         tracker: Tracker,
         train: PromptSet,
         test: PromptSet,
+        *,
+        first_epoch: int = 0,
     ) -> None:
-        self.cfg = config
+        self.cfg, self.first_epoch = config, first_epoch
         self.samplers, self.scorers, self.learners = roles.samplers, roles.scorers, roles.learners
         self.folder, self.tracker = folder, tracker
         self.train, self.test = train, test
@@ -43,7 +48,7 @@ class Trainer:
     async def run(self) -> None:
         start = next_epoch = await self.restore()  # finished epochs; 0 when fresh
         rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
-        if start == 0:
+        if start == self.first_epoch:
             await self.evaluate(0)
         try:
             for epoch in range(start, self.cfg.run.num_epochs):
@@ -120,7 +125,7 @@ class Trainer:
         rewards = [rewards for _, rewards in pairs]
         check_missing(rewards, self.cfg, f"evaluation after {epoch} epochs")
         result = summarise(requests, rewards, images, seconds=time.perf_counter() - started)
-        save_evaluation(self.folder.path, epoch, result)
+        save_evaluation(self.folder.results, epoch, result)
         self.tracker.log_evaluation(epoch, result)
         return result
 

@@ -100,7 +100,7 @@ class FakeSamplerCore:
 
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
         assert not self.parked
-        if request.policy_version not in self.versions:
+        if request.adapter != "reference" and request.policy_version not in self.versions:
             raise RuntimeError(f"version {request.policy_version} is not loaded; has {sorted(self.versions)}")
         model = self.config.model
         seeds = np.array([seed for item in request.items for seed in item.seeds], dtype=np.int64)

@@ -202,7 +202,7 @@ def test_summary_has_the_promised_keys_and_is_json() -> None:
     base = EvalResult(metrics={"geneval/strict": 0.5}, counts={"geneval/strict": 7}, images={0: RED}, seconds=1.0)
     trained = EvalResult(metrics={"geneval/strict": 0.8}, counts={"geneval/strict": 8}, images={0: BLUE}, seconds=1.0)
     config = example_config("run.seed=5")
-    found = json.loads(json.dumps(report.summary(config, base, trained, seconds=12.5, epochs=40)))
+    found = json.loads(json.dumps(report.summary(config, {"": (base, trained)}, seconds=12.5, epochs=40)))
     versions = found.pop("versions")
     assert found == {
         "name": "quickstart",
@@ -214,6 +214,15 @@ def test_summary_has_the_promised_keys_and_is_json() -> None:
         "seed": 5,
     }
     assert {"torch", "diffusers", "peft", "transformers", "mlflow", "nft_ray", "python"} <= set(versions)
+
+
+def test_a_summary_of_stages_has_a_part_for_each_and_the_last_ones_figures() -> None:
+    parts = [EvalResult(metrics={"ocr": i / 4}, counts={"ocr": i}, images={}, seconds=1.0) for i in range(4)]
+    stages = {"one": (parts[0], parts[1]), "two": (parts[2], parts[3])}
+    found = report.summary(example_config(), stages, seconds=1, epochs=2)
+    assert (found["base"], found["trained"], found["counts"]) == ({"ocr": 0.5}, {"ocr": 0.75}, {"ocr": 3})
+    assert found["stages"]["one"] == {"base": {"ocr": 0.0}, "trained": {"ocr": 0.25}, "counts": {"ocr": 1}}
+    assert list(found["stages"]) == ["one", "two"]
 
 
 def test_pictures_of_the_world_come_out_whole(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ class TestJsonl:
             {"epoch": 3, "reward/total": 0.3, "nft/loss": None},
         ]
 
+    def test_the_base_on_the_lines_of_every_stage_is_one_line(self, tmp_path: Path, config: ExperimentConfig) -> None:
+        train(RunTracker(tmp_path, config), range(1, 3))
+        tracker = RunTracker(tmp_path, config, start_epoch=2)  # a stage begins, in another process
+        for value in (0.25, 0.75):
+            tracker.log_evaluation(0, EvalResult(metrics={"ocr": value}, counts={"ocr": 6}, images={}, seconds=0.5))
+        tracker.log_epoch(3, {"reward/total": 1.0}, ())
+        found = lines(tmp_path)
+        assert [line["epoch"] for line in found] == [0, 1, 2, 3]
+        assert found[0].keys() == {"epoch", "time", "eval/geneval/strict", "eval/ocr"}
+        assert (found[0]["eval/geneval/strict"], found[0]["eval/ocr"]) == (0.5, 0.75)
+
     def test_nan_and_infinity_are_null(self, tmp_path: Path, config: ExperimentConfig) -> None:
         RunTracker(tmp_path, config).log_epoch(1, {"a": float("nan"), "b": float("-inf"), "c": 1.5}, ())
         text = (tmp_path / "metrics.jsonl").read_text()

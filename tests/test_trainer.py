@@ -121,12 +121,18 @@ def config_for(staleness: int = 0, epochs: int = 4, **run: Any) -> ExperimentCon
     )
 
 
-def train(config: ExperimentConfig, folder: Path, fail_at: str = "") -> tuple[World, Diary]:
+def train(
+    config: ExperimentConfig, folder: Path, fail_at: str = "", *, first_epoch: int = 0, results: Path | None = None
+) -> tuple[World, Diary]:
     world, tracker = World(config, fail_at), Diary()
     roles: Any = Roles(samplers=world, scorers=world, learners=world)
-    prompts = PromptSet(lines=LINES)
-    asyncio.run(Trainer(config, roles, RunFolder(folder), tracker, prompts, prompts).run())
+    prompts, place = PromptSet(lines=LINES), RunFolder(folder, results=results)
+    asyncio.run(Trainer(config, roles, place, tracker, prompts, prompts, first_epoch=first_epoch).run())
     return world, tracker
+
+
+def policy(world: World) -> np.ndarray:
+    return world.learner.state().policy["lora"]
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -193,3 +199,33 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
 def test_a_failing_rollout_is_raised_as_itself_and_leaves_no_task_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="train 1 with old 0 failed"):
         train(config_for(1), tmp_path, fail_at="train 1 with old 0")
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_stage_goes_on_with_the_policy_and_begins_with_the_base_on_its_own_lines(
+    staleness: int, tmp_path: Path
+) -> None:
+    train(config_for(staleness, epochs=3), tmp_path)
+    place = tmp_path / "stages" / "second"
+    world, tracker = train(config_for(staleness, epochs=5), tmp_path, first_epoch=3, results=place)
+    assert tracker.epochs == [4, 5]
+    assert sorted(tracker.evaluations) == [0, 4, 5]
+    files = sorted(path.name for path in (place / "evaluations").glob("*.json"))
+    assert files == ["epoch-000000.json", "epoch-000004.json", "epoch-000005.json"]
+    drawn = {(r.epoch, r.policy_version) for r in world.requests if r.split == "train"}
+    assert drawn == {(epoch, epoch - staleness) for epoch in (3, 4)}
+    assert world.learner.version == 5
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("fail_at", ["update 3", "update 4", "update 5"])
+def test_a_stage_that_stops_goes_on_as_if_it_had_not(staleness: int, fail_at: str, tmp_path: Path) -> None:
+    second = config_for(staleness, epochs=6, checkpoint_every=1)
+    worlds = {}
+    for name in ("straight", "broken"):
+        train(config_for(staleness, epochs=3), tmp_path / name)
+        if name == "broken":
+            with pytest.raises(RuntimeError, match="failed"):
+                train(second, tmp_path / name, fail_at, first_epoch=3)
+        worlds[name], _ = train(second, tmp_path / name, first_epoch=3)
+    np.testing.assert_array_equal(policy(worlds["broken"]), policy(worlds["straight"]))

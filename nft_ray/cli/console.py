@@ -46,10 +46,10 @@ class Screen:
 
 
 class Console(Tracker):
-    """A Tracker in front of another: shows, then passes on."""
+    """A Tracker in front of another: shows, then passes on. `metric` is what it shows of an evaluation."""
 
     def __init__(self, tracker: Tracker, num_epochs: int, metric: str, stream: TextIO | None = None) -> None:
-        self._tracker, self._num_epochs, self._metric = tracker, num_epochs, metric
+        self._tracker, self._num_epochs, self.metric = tracker, num_epochs, metric
         self._screen = Screen(stream)
         self._evaluated = ""
 
@@ -63,8 +63,8 @@ class Console(Tracker):
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
         self._tracker.log_evaluation(epoch, result)
-        value = result.metrics.get(self._metric, float("nan"))
-        self._evaluated = f"  held-out {self._metric} {value:.3f}"
+        value = result.metrics.get(self.metric, float("nan"))
+        self._evaluated = f"  held-out {self.metric} {value:.3f}"
         if epoch == 0:
             self.say(f"base: {self._evaluated.strip()} ({result.seconds:.0f} s)")
 

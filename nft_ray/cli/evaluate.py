@@ -95,7 +95,7 @@ def resolve(args: argparse.Namespace) -> ExperimentConfig:
     tree = config.model_dump()
     if args.dataset:
         tree["prompts"] = {**tree["prompts"], "test": args.dataset}
-    return parse({**tree, "rewards": asked})
+    return parse({**tree, "stages": (), "rewards": asked})
 
 
 def rewards_of(dataset: str | None) -> tuple[str, ...]:

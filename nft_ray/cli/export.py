@@ -28,6 +28,7 @@ from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.download import FAILURES
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts import load_prompts
+from nft_ray.stages import stage_at
 from nft_ray.tracking import read_metrics
 
 TRANSFORMER = "transformer"
@@ -123,7 +124,9 @@ def _checkpoint(run: Path, epoch: int | None) -> Path:
 
 def _figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
     """The held-out table of the newest evaluation up to this epoch."""
-    known = (int(path.stem.removeprefix("epoch-")) for path in (run / "evaluations").glob("epoch-*.json"))
+    stage = stage_at(config, epoch)
+    folder, config = stage.results(run), stage.config
+    known = (int(path.stem.removeprefix("epoch-")) for path in (folder / "evaluations").glob("epoch-*.json"))
     evaluated = max((found for found in known if found <= epoch), default=0)
     if evaluated == 0:
         return "not evaluated since training began"
@@ -132,7 +135,7 @@ def _figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
         note = ""
     except ValueError as error:
         tags, note = set(), f"\nprompts that are trained on, too, are not marked: {error}"
-    base, trained = load_evaluation(run, 0), load_evaluation(run, evaluated)
+    base, trained = load_evaluation(folder, 0), load_evaluation(folder, evaluated)
     table = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=tags)
     return f"after {evaluated} epochs\n\n{table}{note}"
 

@@ -1,0 +1,93 @@
+"""A run in stages through the command line: other prompts and rewards, one policy; killed and resumed, no other bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from nft_ray.prompt_sets import PACKAGED
+from tests.examples import QUICKSTART, SMALL
+
+REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+STAGES = (
+    "stages=["
+    "{name: small-files, num_epochs: 2, rewards: {jpeg_compressibility: {weight: 1}}, evaluation: {num_steps: 3}}, "
+    "{name: shapes, num_epochs: 3, algorithm: {beta: 0.3}, rewards: {geneval: }, prompts: {groups_per_epoch: 4}}]"
+)
+
+
+def command(name: str) -> list[str]:
+    parts = [sys.executable, "-m", "nft_ray", "train", str(QUICKSTART), "--local"]
+    small = [setting for setting in SMALL if not setting.startswith("run.num_epochs")]
+    file = {"run.max_staleness": 1, "run.checkpoint_every": 1, "run.name": name, "evaluation.picture_lines": "[0, 1]"}
+    for setting in [*small, *(f"{key}={value}" for key, value in file.items()), STAGES]:
+        parts += ["--set", setting]
+    return parts
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart without its number of epochs, which the stages have, and with few lines to test on."""
+    folder = tmp_path_factory.mktemp("staged")
+    path, test = folder / "staged.yaml", folder / "test.jsonl"
+    test.write_text("".join(PACKAGED["shapes/test"].read_text().splitlines(keepends=True)[:24]))
+    text = QUICKSTART.read_text().replace("num_epochs: 30, ", "").replace("test: shapes/test", f"test: {test}")
+    path.write_text(text)
+    return path
+
+
+def start(experiment: Path, runs: Path, name: str) -> subprocess.Popen[str]:
+    arguments = [str(experiment) if part == str(QUICKSTART) else part for part in command(name)]
+    environment = os.environ | {"NFT_RAY_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, cwd=REPO, env=environment, text=True, **pipes)
+
+
+def test_killed_in_its_second_stage_it_goes_on_there(experiment: Path, tmp_path: Path) -> None:
+    straight = start(experiment, tmp_path, "straight")
+    shown, errors = straight.communicate(timeout=300)
+    assert straight.returncode == 0, errors
+    killed = start(experiment, tmp_path, "killed")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "killed/checkpoints/epoch-000003/state.json").exists():
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = start(experiment, tmp_path, "killed")
+    shown_again, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+
+    assert [line for line in shown.splitlines() if line.startswith("stage ") and "epochs " in line][:2] == [
+        "stage small-files: epochs 1 to 2",
+        "stage shapes: epochs 3 to 5",
+    ]
+    assert "stage small-files: epochs" not in shown_again
+    assert "stage shapes: epochs 3 to 5" in shown_again
+    loras = [load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors") for name in ("straight", "killed")]
+    assert {key: value.tobytes() for key, value in loras[0].items()} == {k: v.tobytes() for k, v in loras[1].items()}
+    for name in ("straight", "killed"):
+        run = tmp_path / name
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4, 5]
+        assert {"eval/jpeg_compressibility", "eval/geneval/strict"} <= lines[0].keys()
+        assert "reward/jpeg_compressibility" in lines[2]
+        assert "reward/geneval" not in lines[2]
+        assert "reward/geneval" in lines[3]
+        summary = json.loads((run / "summary.json").read_text())
+        assert list(summary["stages"]) == ["small-files", "shapes"]
+        assert summary["trained"] == summary["stages"]["shapes"]["trained"]
+        assert summary["epochs"] == 5
+        assert sorted(path.name for path in (run / "stages").iterdir()) == ["shapes", "small-files"]
+        table = (run / "table.txt").read_text()
+        assert "stage small-files, after 2 epochs" in table
+        assert "stage shapes, after 5 epochs" in table
