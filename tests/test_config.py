@@ -249,7 +249,7 @@ class TestPlainData:
     def test_every_default_is_in_the_dump(self) -> None:
         data = yaml.safe_load(dump(example_config()))
         assert data["sampler"]["max_attempts"] == 3
-        assert data["cluster"] == {"num_cpus": None, "dashboard_port": None, "wait_s": 300.0}
+        assert data["cluster"].items() >= {"num_cpus": None, "dashboard_port": None, "wait_s": 300.0}.items()
         assert data["rewards"]["geneval"]["batch_size"] == 1
 
     def test_a_loaded_experiment_is_not_changed(self) -> None:
