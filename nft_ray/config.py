@@ -158,7 +158,7 @@ class SamplerConfig(WorkersConfig):
     decode_batch_size: Positive | None = None
     """Images of one pass through the VAE, which needs more memory than the transformer; null = micro_batch_size."""
     lora: Literal["auto", "merged", "unmerged"] = "auto"
-    """How the LoRA is held: added to the weights, or beside them; auto = docs/decisions/0003."""
+    """A LoRA added to the weights, or beside them: slower, rounds less. auto: beside bfloat16 (docs/decisions/0003)."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile) for forwards of exactly `micro_batch_size`."""
     velocity_dtype: Literal["float16", "float32"] = "float16"

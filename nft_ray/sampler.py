@@ -17,7 +17,7 @@ from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
-from nft_ray.models.lora import checksum, merged, unmerged
+from nft_ray.models.lora import Hold, checksum, merged, unmerged
 from nft_ray.parking import Parking, tensors_of
 from nft_ray.seeding import mix, noise
 from nft_ray.types import (
@@ -34,8 +34,6 @@ from nft_ray.types import (
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |difference| / |velocity| that rounding explains between two processes; measured in tests/test_sampler.py."""
 
-HOLDS = {"merged": merged, "unmerged": unmerged}
-
 
 class SamplerCore:
     """A frozen model on one device and the adapter versions that requests may name."""
@@ -47,9 +45,8 @@ class SamplerCore:
         self.device = torch.device("cuda" if config.sampler.num_gpus and torch.cuda.is_available() else "cpu")
         self.model = load_model(config.model, self.device)
         self._probe_base = probe_velocity(self.model)
-        hold = "merged" if config.model.dtype == "float32" else "unmerged"
-        hold = hold if config.sampler.lora == "auto" else config.sampler.lora
-        self._use_lora = HOLDS[hold](self.model.transformer, config.model.lora, self.model.lora_targets)
+        hold = hold_of(config)
+        self._use_lora = hold(self.model.transformer, config.model.lora, self.model.lora_targets)
         if config.sampler.compile:
             compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
@@ -203,6 +200,12 @@ class SamplerCore:
             parts.append(self._copies.download(v.to(dtype)))
         shape = (num_samples, num_times, *self.model.latent_shape)
         return lambda: np.concatenate([part() for part in parts]).reshape(shape)
+
+
+def hold_of(config: ExperimentConfig) -> Callable[..., Hold]:
+    """`merged` or `unmerged`; docs/decisions/0003 measures what each does to the gradient."""
+    beside = config.model.dtype == "bfloat16" if config.sampler.lora == "auto" else config.sampler.lora == "unmerged"
+    return unmerged if beside else merged
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.learner import LearnerCore
 from nft_ray.sampler import PROBE_FLOOR, SamplerCore, verify
 from nft_ray.seeding import image_seed
-from nft_ray.types import Prompt, RolloutItem, RolloutRequest
+from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
 
 
@@ -142,6 +142,51 @@ def test_guidance_in_one_forward_is_guidance_in_two() -> None:
         t, null = torch.full((2,), 0.5), core.model.encode(["", ""])
         v, v_null = core.model.velocity(x, t, conditioning), core.model.velocity(x, t, null)
     torch.testing.assert_close(found, v_null + 3.0 * (v - v_null), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", [0.003, 0.3])
+def test_the_gradient_of_a_16_bit_run_is_that_of_an_exact_one(dtype: str, size: float) -> None:
+    """The bar of docs/decisions/0003 for the defaults, at small and large LoRAs."""
+    group = ["prompts.images_per_group=12", "sampler.num_times=4", "algorithm.beta=1"]
+    fast = example_config(f"model.dtype={dtype}", "sampler.velocity_dtype=float16", *group)
+    exact = example_config("sampler.lora=unmerged", *group)
+    gradients, samples = [], None
+    for config in (fast, exact):
+        learner, sampler = LearnerCore(config), SamplerCore(config)
+        announced, whole = learner.probe()
+        old, policy = (scaled(whole.old, factor) for factor in (size, 1.1 * size))
+        weights = AdapterWeights(old=old, ema=old)
+        sampler.load(announced, weights)
+        samples = samples or sampler.rollout(request(config))[2]
+        assert samples is not None
+        conditioning = sampler.model.encode(["a photo of a red circle"])
+        v_old = sampler.velocities(torch.from_numpy(samples.x0), samples.t, samples.noise_seeds, conditioning)()
+        learner.restore(dataclasses.replace(learner.state(), policy=policy, versions={0: weights}))
+        r = np.linspace(0.3, 0.7, 12, dtype=np.float32)
+        train = TrainGroup(group_id=0, samples=None, optimality=r, step=np.zeros(12, np.int32))
+        learner.update(0, [train], [dataclasses.replace(samples, v_old=v_old)], (12,))
+        gradients.append(flat_gradient(learner))
+    a, b = gradients
+    assert 0.99 <= a @ b / (a.norm() * b.norm()) < 1
+
+
+def scaled(weights: Weights, factor: float) -> Weights:
+    return {name: value * np.float32(factor if ".lora_B." in name else 1) for name, value in weights.items()}
+
+
+def flat_gradient(learner: LearnerCore) -> torch.Tensor:
+    return torch.cat([value.grad.double().flatten() for value in learner.policy.values() if value.grad is not None])
+
+
+def test_equal_weights_give_equal_velocities_in_bfloat16() -> None:
+    """To the last bit: what rounds in a learner rounds alike in its sampler, so v - v_old starts at 0."""
+    config = example_config("model.dtype=bfloat16", "sampler.velocity_dtype=float32")
+    learner, sampler = LearnerCore(config), SamplerCore(config)
+    adapters, weights = learner.probe()
+    receipt = sampler.load(adapters, weights)
+    assert np.array_equal(receipt.probe, adapters.probe)
+    assert not np.array_equal(receipt.probe, receipt.probe_base)
 
 
 @pytest.mark.slow
