@@ -1,0 +1,134 @@
+"""Every preset trains, with a tiny pipeline of its architecture in the place of the gated one, on our small prompts.
+
+The weights of most rewards are not here either: cheap ones stand in. Solver, steps, times, loss, schedules, placement
+and stages are the preset's own. In one process all of them; SD3.5 and FLUX also through the whole Ray system.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from nft_ray.cli.main import main
+from nft_ray.prompt_sets import PACKAGED
+from tests.models.tiny import TOKENS, tiny_model
+
+REPO = Path(__file__).parents[2]
+PRESETS = sorted(path.stem for path in (REPO / "configs").glob("*.yaml") if path.stem.startswith(("sd3", "flux")))
+STAND_INS = {
+    "pickscore": "jpeg_compressibility",
+    "hpsv2": "jpeg_incompressibility",
+    "clipscore": "jpeg_compressibility",
+}
+KINDS = {"sd3": "sd35_medium", "flux": "flux_dev"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny pipelines are."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+def rewards_here(sections: dict[str, Any]) -> dict[str, Any]:
+    """The rewards that need no weights; a GenEval that finds nothing in noise has a second one to learn from."""
+    found = {STAND_INS.get(name, name): {"weight": 1.0, "num_cpus": 0.1} for name in sections}
+    if "geneval" in found:
+        found["geneval"] |= {"detector": "shapes"}
+        found |= {"jpeg_compressibility": {"weight": 0.1, "num_cpus": 0.1}}
+    return found
+
+
+def small_prompts(section: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Ours of the same task; of those, a few to test on."""
+    name = section["train"].partition("/")[0]
+    source = PACKAGED[f"small/{name}"]
+    test = folder / f"{name}{source.suffix}"
+    test.write_text("".join(source.read_text().splitlines(keepends=True)[:6]))
+    return section | {"train": f"small/{name}", "test": str(test)}
+
+
+def experiment(name: str, tiny: Path, folder: Path) -> Path:
+    """The preset with small numbers, as a file beside its run."""
+    data = yaml.safe_load((REPO / "configs" / f"{name}.yaml").read_text())
+    for profile in data["profiles"].values():
+        del profile["rewards"]
+    model = tiny_model(KINDS[data["model"]["family"]], tiny)
+    data["model"] |= {"path": model.path, "height": 32, "width": 32, "max_sequence_length": TOKENS}
+    data["prompts"] = small_prompts(data["prompts"], folder) | {"groups_per_epoch": 2, "images_per_group": 3}
+    data["evaluation"] |= {"num_steps": 2, "picture_lines": [0, 1]}
+    data["run"] |= {"checkpoint_every": 1} | ({} if "stages" in data else {"num_epochs": 2})
+    data["rewards"] = rewards_here(data["rewards"])
+    for stage in data.get("stages", ()):
+        stage |= {"num_epochs": 1, "rewards": rewards_here(stage["rewards"])}
+        stage |= {"prompts": small_prompts(stage["prompts"], folder)} if "prompts" in stage else {}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def settings(runs: Path) -> list[str]:
+    """One card's placement, on CPUs."""
+    chosen = ["cluster=one_gpu", f"run.root={runs}", "tracking.uri=file:///dev/null/x"]
+    for role in ("sampler", "learner"):
+        chosen += [f"{role}.num_gpus=0", f"{role}.num_cpus=0.4", f"{role}.num_threads=1"]
+    return [part for setting in chosen for part in ("--set", setting)]
+
+
+def check_run(run: Path, num_epochs: int) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(num_epochs + 1))
+    for line in lines[1:]:
+        assert line["reward/missing"] == 0
+        assert np.isfinite(line["nft/loss"])
+        assert line["nft/grad_norm"] > 0
+    lora = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    moved = [name for name, value in lora.items() if ".lora_B." in name and value.any()]
+    assert moved, "no layer of the LoRA was trained"
+    assert (run / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains_in_one_process(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NFT_RAY_RUNS", raising=False)
+    path = experiment(name, tiny, tmp_path)
+    status = main(["train", str(path), "--local", *settings(tmp_path / "runs")])
+    assert status == 0, capsys.readouterr().err
+    check_run(tmp_path / "runs" / name, 5 if name == "sd3_staged" else 2)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["sd3_pickscore", "flux_pickscore"])
+def test_a_preset_trains_through_ray(name: str, tiny: Path, tmp_path: Path) -> None:
+    home = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # Ray's socket paths have a limit
+    Path(home, "token").write_text(secrets.token_hex(32))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "NFT_RAY_RUNS"))}
+    environment |= {"RAY_AUTH_TOKEN_PATH": f"{home}/token", "RAY_TMPDIR": home, "HOME": home, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "nft_ray", "train", str(experiment(name, tiny, tmp_path))]
+    try:
+        done = subprocess.run(
+            [*command, *settings(tmp_path / "runs")],
+            cwd=REPO,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    assert done.returncode == 0, done.stderr
+    assert "Ray dashboard: http://127.0.0.1:" in done.stdout
+    check_run(tmp_path / "runs" / name, 2)
