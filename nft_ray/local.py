@@ -70,7 +70,9 @@ class LocalLearners:
         self._core.restore(state)
 
     async def state(self) -> LearnerState:
-        return self._core.state()
+        state = self._core.state()
+        assert state is not None, "a single learner is rank 0"
+        return state
 
     async def probe(self) -> Adapters:
         return _with_weights(*self._core.probe())
@@ -95,5 +97,5 @@ def local_evaluation_roles(config: ExperimentConfig) -> EvaluationRoles:
     return EvaluationRoles(samplers=LocalSamplers(config), scorers=LocalScorers(config))
 
 
-def _with_weights(adapters: Adapters, weights: AdapterWeights) -> Adapters:
+def _with_weights(adapters: Adapters, weights: AdapterWeights | None) -> Adapters:
     return dataclasses.replace(adapters, weights=weights)

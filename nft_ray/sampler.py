@@ -17,6 +17,7 @@ from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
+from nft_ray.models.full import replaced
 from nft_ray.models.lora import checksum, merged, unmerged
 from nft_ray.seeding import mix, noise
 from nft_ray.types import (
@@ -48,7 +49,11 @@ class SamplerCore:
         self._probe_base = probe_velocity(self.model)
         hold = "merged" if config.model.dtype == "float32" else "unmerged"
         hold = hold if config.sampler.lora == "auto" else config.sampler.lora
-        self._use_lora = HOLDS[hold](self.model.transformer, config.model.lora, self.model.lora_targets)
+        self._use_weights = (
+            replaced(self.model.transformer)
+            if config.model.tuning == "full"
+            else HOLDS[hold](self.model.transformer, config.model.lora, self.model.lora_targets)
+        )
         if config.sampler.compile:
             compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
@@ -115,7 +120,7 @@ class SamplerCore:
         if self._loaded == (adapter, version) and not reload:
             return 0
         self._loaded = None  # a failure half way must not pass for either
-        num_tensors = self._use_lora(self._weights(adapter, version))
+        num_tensors = self._use_weights(self._weights(adapter, version))
         self._loaded = (adapter, version)
         return num_tensors
 

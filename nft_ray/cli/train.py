@@ -16,8 +16,8 @@ from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atom
 from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
+from nft_ray.export import export_policy
 from nft_ray.models.base import check_model
-from nft_ray.models.lora import export_lora
 from nft_ray.prompts import PromptSet, check_prompts, load_prompts
 from nft_ray.rewards.base import check_lines
 from nft_ray.roles import Roles
@@ -141,7 +141,8 @@ def _report(
     latest = folder.latest()
     assert latest is not None
     base, trained = load_evaluation(folder.path, 0), load_evaluation(folder.path, latest.epoch)
-    export_lora(latest.state.ema, config.model, folder.path / "lora")
+    exported = export_policy(latest.state.ema, config.model, folder.path).name
+    small = [exported] if config.model.tuning == "lora" else []  # a transformer is gigabytes: it stays here
     train_set, test_set = load_prompts(config.prompts.train), load_prompts(config.prompts.test)
     report.before_after(
         base.images,
@@ -155,11 +156,11 @@ def _report(
     write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     shown = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=shared_tags(train_set, test_set))
     tracker.log_artifacts(
-        [folder.path / name for name in ("lora", "before_after.png", "reward_curve.png", "summary.json")]
+        [folder.path / name for name in (*small, "before_after.png", "reward_curve.png", "summary.json")]
     )
     write_atomically(folder.path / REPORTED, shown + "\n")
     console.say(f"\n{shown}\n")
-    for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", "lora"):
+    for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", exported):
         console.say(f"{folder.path / name}")
 
 
