@@ -1,10 +1,11 @@
 """The learner plane: ranks of one process group that are placed together, work together and fail together.
 
-    batch ──► rank 0 ─ update ─► UpdateResult (driver) · weights (reference)
-         └──► rank k ─ follow ─► UpdateResult: its checksums must be those of rank 0
+    batch ──► rank 0 ─► UpdateResult (driver) · weights (reference)
+         └──► rank k ─► UpdateResult: its checksums must be those of rank 0; no weights
 
 Failure policy
-- All or nothing: one placement group, one process group, every call goes to all ranks under one deadline.
+- All or nothing: one placement group, one process group, every call goes to all ranks under one deadline. Questions,
+  too: with `learner.sharding: fsdp` the ranks must put the weights together before rank 0 can answer.
 - A rank that dies, or does not answer in time, ends the group: its peers are killed and every call from then on
   raises a one-line RuntimeError that names the rank. No rank is replaced, because optimizer state died with it: the
   run is started again and goes on at its last checkpoint.
@@ -16,7 +17,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 import torch
@@ -36,15 +37,15 @@ GRACE_S = 5.0
 
 
 class LearnerLike(Protocol):
-    """What an actor needs of a core: LearnerCore, or a fake that costs nothing."""
+    """What an actor needs of a core: LearnerCore, or a fake that costs nothing. Weights and state: of rank 0 only."""
 
     def restore(self, state: LearnerState) -> None: ...
 
-    def state(self) -> LearnerState: ...
+    def state(self) -> LearnerState | None: ...
 
-    def probe(self) -> tuple[Adapters, AdapterWeights]: ...
+    def probe(self) -> tuple[Adapters, AdapterWeights | None]: ...
 
-    def adapters(self) -> tuple[tuple[Adapters, AdapterWeights], ...]: ...
+    def adapters(self) -> tuple[tuple[Adapters, AdapterWeights | None], ...]: ...
 
     def park(self) -> None: ...
 
@@ -56,7 +57,7 @@ class LearnerLike(Protocol):
         groups: Sequence[TrainGroup],
         samples: Sequence[CleanSamples],
         samples_per_step: tuple[int, ...],
-    ) -> tuple[UpdateResult, AdapterWeights]: ...
+    ) -> tuple[UpdateResult, AdapterWeights | None]: ...
 
 
 LearnerFactory = Callable[[ExperimentConfig, int, int], LearnerLike]
@@ -99,10 +100,10 @@ class LearnerActor:
     def restore(self, state: LearnerState) -> None:
         self._core.restore(state)
 
-    def state(self) -> LearnerState:
+    def state(self) -> LearnerState | None:
         return self._core.state()
 
-    def probe(self) -> tuple[Adapters, AdapterWeights]:
+    def probe(self) -> tuple[Adapters, AdapterWeights | None]:
         return self._core.probe()
 
     def adapters(self, num_returns: int) -> list[Adapters | AdapterWeights | None]:
@@ -112,14 +113,8 @@ class LearnerActor:
 
     def update(
         self, epoch: int, groups: Sequence[TrainGroup], samples_per_step: tuple[int, ...], *samples: CleanSamples
-    ) -> tuple[UpdateResult, AdapterWeights]:
+    ) -> tuple[UpdateResult, AdapterWeights | None]:
         return self._core.update(epoch, groups, samples, samples_per_step)
-
-    def follow(
-        self, epoch: int, groups: Sequence[TrainGroup], samples_per_step: tuple[int, ...], *samples: CleanSamples
-    ) -> UpdateResult:
-        """The same update on another rank: equal weights need not travel."""
-        return self._core.update(epoch, groups, samples, samples_per_step)[0]
 
     @property
     def _timeout(self) -> timedelta:
@@ -173,45 +168,42 @@ class LearnerGroup:
         await self._all("restore a checkpoint", lambda actor: actor.restore.remote(ref))
 
     async def state(self) -> LearnerState:
-        (state,) = await self._ranks("give its state", [self._first.state.remote()])
-        return state
+        state, *_ = await self._all("give the state", lambda actor: actor.state.remote())
+        assert state is not None, "rank 0 gave no state"
+        return cast(LearnerState, state)
 
     async def probe(self) -> Adapters:
-        announced, weights = self._first.probe.options(num_returns=2).remote()
-        (adapters,) = await self._ranks("give a random adapter", [announced])
-        return dataclasses.replace(adapters, weights=weights)
+        ranks = [actor.probe.options(num_returns=2).remote() for actor in self._living]
+        announced = await self._ranks("give random weights", [refs[0] for refs in ranks])
+        self._agree(announced)
+        return dataclasses.replace(announced[0], weights=ranks[0][1])
 
     async def adapters(self) -> tuple[Adapters, ...]:
         num_returns = 2 * (self._config.run.max_staleness + 1)
-        refs = self._first.adapters.options(num_returns=num_returns).remote(num_returns)
-        announced = await together([self._ranks("give its adapters", [ref]) for ref in refs[::2]])
-        pairs = zip(announced, refs[1::2], strict=True)
-        return tuple(dataclasses.replace(adapters, weights=ref) for (adapters,), ref in pairs if adapters is not None)
+        ranks = [actor.adapters.options(num_returns=num_returns).remote(num_returns) for actor in self._living]
+        found = []
+        for place in range(0, num_returns, 2):
+            announced = await self._ranks("give the weights", [refs[place] for refs in ranks])
+            if announced[0] is not None:
+                self._agree(announced)
+                found.append(dataclasses.replace(announced[0], weights=ranks[0][place + 1]))
+        return tuple(found)
 
     async def update(self, batch: Batch) -> UpdateResult:
-        weights: list[Any] = []
-        refs = []
-        for rank, (_, shard) in enumerate(zip(self._living, batch.shards, strict=True)):
+        ranks = []
+        for actor, shard in zip(self._living, batch.shards, strict=True):
             groups = [dataclasses.replace(group, samples=None) for group in shard]
             arguments = (batch.epoch, groups, batch.samples_per_step, *(group.samples for group in shard))
-            if rank == 0:
-                result, *weights = self._actors[0].update.options(num_returns=2).remote(*arguments)
-                refs.append(result)
-            else:
-                refs.append(self._actors[rank].follow.remote(*arguments))
-        results = await self._ranks(f"update of epoch {batch.epoch}", refs)
-        self._agree(results)
-        return dataclasses.replace(results[0], adapters=dataclasses.replace(results[0].adapters, weights=weights[0]))
+            ranks.append(actor.update.options(num_returns=2).remote(*arguments))
+        results = await self._ranks(f"update of epoch {batch.epoch}", [refs[0] for refs in ranks])
+        self._agree([result.adapters for result in results])
+        return dataclasses.replace(results[0], adapters=dataclasses.replace(results[0].adapters, weights=ranks[0][1]))
 
     @property
     def _living(self) -> list[Any]:
         if self._over:
             raise RuntimeError(self._over)
         return self._actors
-
-    @property
-    def _first(self) -> Any:
-        return self._living[0]
 
     async def _all(
         self,
@@ -266,14 +258,14 @@ class LearnerGroup:
         self.close()
         raise RuntimeError(self._over) from error
 
-    def _agree(self, results: Sequence[UpdateResult]) -> None:
+    def _agree(self, announced: Sequence[Adapters]) -> None:
         """Ranks that drift apart train different policies, silently: never."""
-        first = results[0].adapters.checksums
-        for rank, result in enumerate(results):
-            if result.adapters.checksums != first:
+        first = announced[0]
+        for rank, adapters in enumerate(announced):
+            if adapters.checksums != first.checksums:
                 self._end(
-                    f"learner {rank} differs from learner 0 after version {results[0].version}: "
-                    f"{result.adapters.checksums} is not {first}",
+                    f"learner {rank} differs from learner 0 at version {first.version}: "
+                    f"{adapters.checksums} is not {first.checksums}",
                     RuntimeError("checksums differ"),
                 )
 

@@ -26,7 +26,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import RunTarget
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
 from deployments.plane import NAMESPACE, PREFIX, Dashboard, delete, drop_server, serve_details, server_name
@@ -202,11 +202,19 @@ def _target(
 
 
 async def _ask(name: str, method: str, wait_s: float) -> Any:
-    """Call a method without arguments of a deployed reward."""
+    """Call a method without arguments of a deployed reward.
+
+    A handle may hold for a moment that the application is unavailable: one of this name was deleted before, or the
+    news that this one runs is on its way.
+    """
     try:
-        response = getattr(serve.get_app_handle(f"{PREFIX}{name}"), method).remote()
         async with asyncio.timeout(wait_s):
-            return await response
+            while True:
+                try:
+                    return await getattr(serve.get_app_handle(f"{PREFIX}{name}"), method).remote()
+                except DeploymentUnavailableError:
+                    await _wait_until_running([f"{PREFIX}{name}"], wait_s)
+                    await asyncio.sleep(POLL_S)
     except (TimeoutError, RayError, RayServeException) as error:
         raise RuntimeError(
             f"Serve application {PREFIX}{name} does not say what it is within {wait_s:g} s: {type(error).__name__}"

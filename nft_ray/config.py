@@ -118,7 +118,23 @@ class ModelConfig(Section):
     distilled_guidance: Annotated[float, Field(ge=0)] | None = None
     """What FLUX.1-dev's guidance embedding is told, in training and sampling alike; null = 3.5 there. It is not
     classifier-free guidance."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA beside the frozen weights, or all weights of the transformer in float32, which work in
+    `dtype`. Full fine-tuning takes far more memory: see nft_ray/models/full.py."""
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _tunable(self) -> "ModelConfig":
+        if self.tuning == "full" and self.dtype == "float16":
+            raise ValueError(
+                "dtype = float16: gradients of all weights underflow in it; use bfloat16 with tuning: full"
+            )
+        if self.tuning == "full" and self.lora.start is not None:
+            raise ValueError(
+                f"lora.start = {self.lora.start}: tuning: full has no LoRA; merge it (nft-ray export --merge) and "
+                "name a pipeline with that transformer in path"
+            )
+        return self
 
 
 class PromptsConfig(Section):
@@ -178,6 +194,9 @@ class LearnerConfig(WorkersConfig):
     """Optimizer steps per epoch; they partition the epoch's samples."""
     micro_batch_size: Positive = 16
     """(sample, time) pairs of one forward and backward; it changes memory and speed, not the update."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every learner holds all weights. fsdp: each holds its part of them, of gradients, moments and EMA (FSDP2);
+    whole are one block at a time, and what is sent or saved. With one learner both are the same."""
     gradient_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in the backward: a third slower, far less memory."""
     compile: bool = False
@@ -308,6 +327,8 @@ class ExperimentConfig(Section):
             )
         if self.cluster.placement == "colocated":
             self._can_share_devices()
+        if self.model.tuning == "full" and self.sampler.lora != "auto":
+            raise ValueError(f"sampler.lora = {self.sampler.lora}: model.tuning: full has no LoRA; leave it out")
         num_samples = self.prompts.groups_per_epoch * self.prompts.images_per_group
         if self.learner.optimizer_steps > num_samples:
             raise ValueError(
@@ -336,6 +357,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"run.max_staleness = {self.run.max_staleness}: with cluster.placement = 'colocated' samplers and "
                 "learners take turns, so nothing can overlap; use 0"
+            )
+        if self.learner.sharding == "fsdp":
+            raise ValueError(
+                "learner.sharding = 'fsdp': with cluster.placement = 'colocated' learners leave their device between "
+                "updates, which sharded weights cannot; use ddp, or cluster.placement: disaggregated"
             )
         together = self.sampler.num_gpus + self.learner.num_gpus
         if together > 1:

@@ -47,6 +47,14 @@ class Copies:
         return array
 
 
+def blocks_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that a diffusers transformer repeats."""
+    names = set[str](transformer._no_split_modules)  # type: ignore[arg-type]  # diffusers' list of what it repeats
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    assert blocks, f"{type(transformer).__name__} has none of its blocks {sorted(names)}"
+    return blocks
+
+
 def compile_blocks(transformer: torch.nn.Module) -> int:
     """Compile every transformer block in place, for fixed shapes; returns how many there are.
 
@@ -54,9 +62,7 @@ def compile_blocks(transformer: torch.nn.Module) -> int:
     inputs of that graph: copying others into them compiles nothing anew. The first forward of each shape compiles.
     A block that cannot be one graph raises at its first forward: going on without would hide the loss.
     """
-    names = set[str](transformer._no_split_modules)  # type: ignore[arg-type]  # diffusers' list of what it repeats
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
-    assert blocks, f"{type(transformer).__name__} has none of its blocks {sorted(names)}"
+    blocks = blocks_of(transformer)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)

@@ -17,12 +17,22 @@ import yaml
 from nft_ray.config import ClusterConfig, ExperimentConfig, ModelConfig, RunConfig, TrackingConfig, dump
 from nft_ray.models.base import family, load_model
 from nft_ray.models.download import NANO, location, prepare
-from nft_ray.models.lora import merged
+from nft_ray.models.full import export_transformer
+from nft_ray.models.lora import export_lora, merged
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """As safetensors spells them."""
 TITLE_WIDTH = 100
+
+
+def export_policy(weights: Weights, config: ModelConfig, folder: Path) -> Path:
+    """Write what a run has trained for plain diffusers: FOLDER/lora, or with full fine-tuning FOLDER/transformer."""
+    if config.tuning == "full":
+        export_transformer(weights, config, folder / "transformer")
+        return folder / "transformer"
+    export_lora(weights, config, folder / "lora")
+    return folder / "lora"
 
 
 def export_merged(weights: Weights, config: ModelConfig, folder: Path) -> str:

@@ -1,45 +1,42 @@
-"""The core of one learner rank: clean samples and optimalities in, a new policy out. Torch only; one adapter.
+"""The core of one learner rank: clean samples and optimalities in, a new policy out. Torch only.
 
 Plain regression on (x0, t, noise seed, v_old, v_ref, r): the frozen policies were evaluated by the sampler. An
 optimizer step accumulates over flat (sample, time) pairs in micro-batches of any size and divides by the GLOBAL number
 of pairs, so any number of ranks, with any share of the pairs (none, too), gives the same update.
+
+Every method is called on all ranks, in the same order; weights and states are given by rank 0, by the others None.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from nft_ray.algorithms.nft import nft_loss_per_pair
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
-from nft_ray.device import Copies, compile_blocks
+from nft_ray.device import Copies
 from nft_ray.flow.path import x0_from_velocity
-from nft_ray.models.base import Conditioning, FlowModel, load_model
-from nft_ray.models.lora import assign, assign_start, attach, checksum, numpy_weights, random_weights
+from nft_ray.models.lora import digest
 from nft_ray.pairs import gather, micro_batches
-from nft_ray.parking import Parking, tensors_of
-from nft_ray.sampler import probe_velocity
+from nft_ray.parking import Parking
+from nft_ray.policy import Part, Policy, local
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
 PROBE_VERSION = -1
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq", STEP)
 
 
-class _Velocity(torch.nn.Module):
-    """What DistributedDataParallel wraps: the transformer as a module whose forward is the model's velocity."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Version:
+    """This rank's part of one published policy, on the host; never changed."""
 
-    def __init__(self, model: FlowModel) -> None:
-        super().__init__()
-        self.transformer = model.transformer
-        self._velocity = model.velocity
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return self._velocity(x, t, conditioning)
+    old: Part
+    ema: Part
 
 
 class LearnerCore:
@@ -51,12 +48,9 @@ class LearnerCore:
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device("cuda" if config.learner.num_gpus and torch.cuda.is_available() else "cpu")
-        self.model = load_model(config.model, self.device, transformer_only=True)
-        self._dtype = next(self.model.transformer.parameters()).dtype
-        self._probe_base = probe_velocity(self.model)
-        self.policy = attach(self.model.transformer, config.model.lora, self.model.lora_targets, config.run.seed)
-        assign_start(self.policy, config.model.lora)
-        self.ema = {name: value.detach().clone() for name, value in self.policy.items()}
+        self._policy = Policy(config, self.device, world_size)
+        self.policy = self._policy.parameters
+        self.ema = {name: value.detach().clone() for name, value in self._policy.part().items()}
         self.optimizer = torch.optim.AdamW(
             self.policy.values(),
             lr=config.learner.learning_rate,
@@ -64,18 +58,12 @@ class LearnerCore:
             weight_decay=config.learner.weight_decay,
             fused=self.device.type == "cuda",
         )
-        if config.learner.gradient_checkpointing:
-            self.model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' own method
-        if config.learner.compile:
-            compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
         self._parking = Parking(self._tensors, self.device)
         self.version = 0
         self.optimizer_step = 0
-        start = numpy_weights(self.policy)
-        self._versions = {0: AdapterWeights(old=start, ema=start)}
-        velocity = _Velocity(self.model)
-        self._velocity = DistributedDataParallel(velocity, forward_sync_buffers=False) if world_size > 1 else velocity
+        start = _on_host(self.ema)
+        self._versions = {0: _Version(old=start, ema=start)}
 
     def park(self) -> None:
         """Give the device's memory to somebody else; nothing but `wake` may come next."""
@@ -87,7 +75,7 @@ class LearnerCore:
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         """All that is on the device between two updates."""
-        yield from tensors_of([self.model.transformer])
+        yield from self._policy.tensors()
         yield from self.ema.values()
         for moments in self.optimizer.state.values():
             yield from moments.values()
@@ -98,20 +86,19 @@ class LearnerCore:
         groups: Sequence[TrainGroup],
         samples: Sequence[CleanSamples],
         samples_per_step: tuple[int, ...],
-    ) -> tuple[UpdateResult, AdapterWeights]:
+    ) -> tuple[UpdateResult, AdapterWeights | None]:
         """One epoch's optimizer steps over this rank's groups; samples_per_step counts the samples of all ranks."""
         assert epoch == self.version, f"epoch {epoch} updates version {epoch}, this learner is at {self.version}"
         started = time.perf_counter()
-        old = {name: torch.from_numpy(np.array(value)) for name, value in self._versions[self.version].old.items()}
         steps = tuple(self._step(s, groups, samples, count) for s, count in enumerate(samples_per_step))
         decay = old_policy_decay(self.optimizer_step, self.config.algorithm.old_policy_decay)
-        for name, value in self.policy.items():
-            old[name].lerp_(value.detach().cpu(), 1 - decay)
+        before, now = self._versions[self.version].old, self._policy.part()
+        old = {name: value.lerp(now[name].detach().cpu(), 1 - decay) for name, value in before.items()}
         self.version += 1
-        self._versions[self.version] = AdapterWeights(old=numpy_weights(old), ema=numpy_weights(self.ema))
+        self._versions[self.version] = _Version(old=old, ema=_on_host(self.ema))
         for version in sorted(self._versions)[: -(self.config.run.max_staleness + 1)]:
             del self._versions[version]
-        adapters, weights = self.adapters()[-1]
+        adapters, weights = self._announce(self.version, self._versions[self.version])
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]} if steps else {}
         metrics |= {"nft/old_policy_decay": decay, "time/update_s": time.perf_counter() - started}
         return UpdateResult(
@@ -122,62 +109,86 @@ class LearnerCore:
             adapters=adapters,
         ), weights
 
-    def adapters(self) -> tuple[tuple[Adapters, AdapterWeights], ...]:
+    def adapters(self) -> tuple[tuple[Adapters, AdapterWeights | None], ...]:
         """The last `max_staleness + 1` versions, oldest first."""
-        return tuple((self._announce(version, weights), weights) for version, weights in sorted(self._versions.items()))
+        return tuple(self._announce(number, version) for number, version in sorted(self._versions.items()))
 
-    def probe(self) -> tuple[Adapters, AdapterWeights]:
-        """A random LoRA as version -1: what a sampler must be able to load before version 0, which is a no-op."""
-        weights = random_weights(numpy_weights(self.policy), self.config.run.seed)
-        adapters = AdapterWeights(old=weights, ema=weights)
-        return self._announce(PROBE_VERSION, adapters), adapters
+    def probe(self) -> tuple[Adapters, AdapterWeights | None]:
+        """Random weights as version -1: what a sampler must be able to load before version 0, which is a no-op."""
+        part = self._policy.random(self.config.run.seed)
+        return self._announce(PROBE_VERSION, _Version(old=part, ema=part))
 
-    def state(self) -> LearnerState:
+    def state(self) -> LearnerState | None:
         """Everything that a resumed learner needs, as arrays. The data position and all noise follow from `version`."""
-        optimizer = {}
-        for name, value in self.policy.items():
-            for moment, tensor in self.optimizer.state.get(value, {}).items():
-                optimizer[f"{moment}/{name}"] = tensor.detach().float().cpu().numpy().copy()
-        return LearnerState(
+        moments = {name: self.optimizer.state[value] for name, value in self.policy.items() if self.optimizer.state}
+        optimizer: Weights = {}
+        for moment in MOMENTS if moments else ():
+            part = _on_host({name: local(moments[name][moment]) for name in moments})
+            tensors = self._arrays(part, scalars=moment == STEP)
+            optimizer |= {f"{moment}/{name}": value for name, value in tensors.items()}
+        state = LearnerState(
             version=self.version,
             optimizer_step=self.optimizer_step,
-            policy=numpy_weights(self.policy),
-            ema=numpy_weights(self.ema),
-            versions=dict(self._versions),
+            policy=self._arrays(_on_host(self._policy.part())),
+            ema=self._arrays(_on_host(self.ema)),
+            versions={
+                number: AdapterWeights(old=self._arrays(version.old), ema=self._arrays(version.ema))
+                for number, version in self._versions.items()
+            },
             optimizer=optimizer,
         )
+        return state if self.rank == 0 else None
 
     def restore(self, state: LearnerState) -> None:
         """Go on from a state, bit for bit."""
-        assign(self.policy, state.policy)
-        assign(self.ema, state.ema)
+        self._policy.assign(self._policy.part_of(state.policy))
+        for name, value in self._policy.part_of(state.ema).items():
+            self.ema[name].copy_(value)
         self.version, self.optimizer_step = state.version, state.optimizer_step
-        self._versions = dict(state.versions)
+        self._versions = {
+            number: _Version(old=self._policy.part_of(weights.old), ema=self._policy.part_of(weights.ema))
+            for number, weights in state.versions.items()
+        }
         for name, value in self.policy.items() if state.optimizer else ():
             self.optimizer.state[value] = {
-                moment: torch.from_numpy(np.array(state.optimizer[f"{moment}/{name}"])).to(
-                    "cpu" if moment == "step" else self.device
-                )
-                for moment in MOMENTS
+                moment: self._moment(moment, name, state.optimizer[f"{moment}/{name}"]) for moment in MOMENTS
             }
 
-    def _announce(self, version: int, weights: AdapterWeights) -> Adapters:
-        return Adapters(
-            version=version,
-            weights=None,
-            num_tensors=len(weights.old),
-            checksums={"old": checksum(weights.old), "ema": checksum(weights.ema)},
-            probe=self._probe_of(weights.old),
-            probe_base=self._probe_base,
-        )
+    def _moment(self, moment: str, name: str, array: np.ndarray) -> torch.Tensor:
+        if moment == STEP:  # a scalar, which AdamW keeps on the device only where it is fused
+            return torch.from_numpy(np.array(array)).to(self.device if self.optimizer.defaults["fused"] else "cpu")
+        return self._policy.moment(name, self._policy.own(name, array))
 
-    def _probe_of(self, weights: Weights) -> np.ndarray:
-        """The probe velocity under other weights; the policy is put back bit for bit."""
-        kept = numpy_weights(self.policy)
-        assign(self.policy, weights)
-        velocity = probe_velocity(self.model)
-        assign(self.policy, kept)
-        return velocity
+    def _announce(self, number: int, version: _Version) -> tuple[Adapters, AdapterWeights | None]:
+        """What rank 0 sends; the other ranks, whose weights need not travel, make the same announcement."""
+        old, old_checksum = self._gathered(version.old)
+        ema, ema_checksum = (old, old_checksum) if version.ema is version.old else self._gathered(version.ema)
+        adapters = Adapters(
+            version=number,
+            weights=None,
+            num_tensors=len(self.policy),
+            checksums={"old": old_checksum, "ema": ema_checksum},
+            probe=self._policy.probe(version.old),
+            probe_base=self._policy.probe_base,
+        )
+        return adapters, AdapterWeights(old=old, ema=ema) if self.rank == 0 else None
+
+    def _gathered(self, part: Part) -> tuple[Weights, str]:
+        """Whole weights, on rank 0 only, and their checksum: one tensor at a time on the others."""
+        weights: Weights = {}
+
+        def seen() -> Iterator[tuple[str, np.ndarray]]:
+            for name, value in self._policy.whole(part):
+                weights.update({name: value} if self.rank == 0 else {})
+                yield name, value
+
+        checksum = digest(seen())
+        return weights, checksum
+
+    def _arrays(self, part: Part, *, scalars: bool = False) -> Weights:
+        """A part on the host as whole arrays, sharing its memory where nothing is sharded; empty but on rank 0."""
+        tensors = ((name, value.numpy()) for name, value in part.items()) if scalars else self._policy.whole(part)
+        return {name: value for name, value in tensors if self.rank == 0}
 
     def _step(
         self, step: int, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], num_samples: int
@@ -187,12 +198,14 @@ class LearnerCore:
         totals = torch.zeros(3, device=self.device)
         chunks = list(micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
         self.optimizer.zero_grad(set_to_none=True)
-        for i, chunk in enumerate(chunks):
-            with self._reduction(last=i == len(chunks) - 1):
-                totals += self._backward(chunk, groups, samples, num_pairs)
-        if not chunks:
-            self._join_without_pairs()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.values(), self.config.learner.max_grad_norm)
+        turns = self._policy.turns(len(chunks))
+        for i in range(turns):
+            with self._policy.reduction(last=i == turns - 1):
+                if i < len(chunks):
+                    totals += self._backward(chunks[i], groups, samples, num_pairs)
+                else:
+                    self._policy.join()
+        norm = self._policy.clip(self.config.learner.max_grad_norm)
         if not torch.isfinite(norm):
             raise RuntimeError(f"gradient norm is {norm.item()} at optimizer step {self.optimizer_step + 1}")
         self.optimizer.step()
@@ -223,11 +236,11 @@ class LearnerCore:
             groups,
             samples,
             self._copies,
-            dtype=self._dtype,
+            dtype=self._policy.dtype,
             with_reference=algorithm.kl_weight > 0,
             size=learner.micro_batch_size if learner.compile else None,
         )
-        v = self._velocity(batch.x_t, batch.t, batch.conditioning)
+        v = self._policy.velocity(batch.x_t, batch.t, batch.conditioning)
         policy, kl = nft_loss_per_pair(
             v,
             batch.v_old,
@@ -241,24 +254,18 @@ class LearnerCore:
         )
         policy, kl = policy * batch.weight, kl * batch.ref_weight
         loss = (policy + algorithm.kl_weight * kl).sum() / num_pairs
-        # DistributedDataParallel averages over ranks; the loss is already divided by the pairs of all of them
+        # the gradient is averaged over ranks; the loss is already divided by the pairs of all of them
         (loss * self.world_size).backward()
         x0_norm = x0_from_velocity(batch.x_t, v.detach(), batch.t).flatten(1).pow(2).mean(1).sqrt() * batch.weight
         return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float()
 
-    def _reduction(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced over the ranks once per optimizer step: in its last backward."""
-        module = self._velocity
-        return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
-
-    def _join_without_pairs(self) -> None:
-        """Take part in the reduction with a zero gradient; alone, the gradient IS zero."""
-        x, t, conditioning = self.model.probe()
-        with torch.compiler.set_stance("force_eager"):  # its shape is not that of any micro-batch
-            (self._velocity(x, t, conditioning).sum() * 0.0).backward()
-
     @torch.no_grad()
     def _follow(self) -> None:
         decay = ema_decay(self.optimizer_step, self.config.algorithm.ema_decay)
-        for name, value in self.policy.items():
-            self.ema[name].lerp_(value.detach(), 1 - decay)
+        for name, value in self._policy.part().items():
+            self.ema[name].lerp_(value, 1 - decay)
+
+
+def _on_host(part: Part) -> Part:
+    """A copy in float32."""
+    return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in part.items()}

@@ -83,7 +83,9 @@ class LocalLearners:
         self.core.restore(state)
 
     async def state(self) -> LearnerState:
-        return self.core.state()
+        state = self.core.state()
+        assert state is not None, "a single learner is rank 0"
+        return state
 
     async def probe(self) -> Adapters:
         return _with_weights(*self.core.probe())
@@ -114,5 +116,5 @@ def local_evaluation_roles(config: ExperimentConfig) -> EvaluationRoles:
     return EvaluationRoles(samplers=LocalSamplers(config), scorers=LocalScorers(config))
 
 
-def _with_weights(adapters: Adapters, weights: AdapterWeights) -> Adapters:
+def _with_weights(adapters: Adapters, weights: AdapterWeights | None) -> Adapters:
     return dataclasses.replace(adapters, weights=weights)

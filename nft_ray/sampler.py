@@ -17,6 +17,7 @@ from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
 from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
+from nft_ray.models.full import replaced
 from nft_ray.models.lora import Hold, checksum, merged, unmerged
 from nft_ray.parking import Parking, tensors_of
 from nft_ray.seeding import mix, noise
@@ -45,8 +46,10 @@ class SamplerCore:
         self.device = torch.device("cuda" if config.sampler.num_gpus and torch.cuda.is_available() else "cpu")
         self.model = load_model(config.model, self.device)
         self._probe_base = probe_velocity(self.model)
-        hold = hold_of(config)
-        self._use_lora = hold(self.model.transformer, config.model.lora, self.model.lora_targets)
+        if config.model.tuning == "full":
+            self._use_weights = replaced(self.model.transformer)
+        else:
+            self._use_weights = hold_of(config)(self.model.transformer, config.model.lora, self.model.lora_targets)
         if config.sampler.compile:
             compile_blocks(self.model.transformer)
         self._copies = Copies(self.device)
@@ -121,7 +124,7 @@ class SamplerCore:
         if self._loaded == (adapter, version) and not reload:
             return 0
         self._loaded = None  # a failure half way must not pass for either
-        num_tensors = self._use_lora(self._weights(adapter, version))
+        num_tensors = self._use_weights(self._weights(adapter, version))
         self._loaded = (adapter, version)
         return num_tensors
 

@@ -12,7 +12,7 @@ import numpy as np
 
 Adapter = Literal["old", "ema", "reference"]
 Split = Literal["train", "eval"]
-Weights = dict[str, np.ndarray]  # LoRA tensors by peft name, float32
+Weights = dict[str, np.ndarray]  # the trained tensors, of a LoRA or of the whole transformer, by name, float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWeights:
-    """The LoRA tensors of one policy version: what samplers load."""
+    """The trained tensors of one policy version: what samplers load."""
 
     old: Weights
     ema: Weights

@@ -1,46 +1,17 @@
 """The learner core: the same update from any number of ranks, from any micro-batch, and after a restore."""
 
 import dataclasses
-import multiprocessing as mp
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from nft_ray.algorithms.batch import shard
 from nft_ray.learner import LearnerCore
 from nft_ray.models.lora import checksum
 from nft_ray.sampler import SamplerCore
-from nft_ray.types import CleanSamples, TrainGroup, Weights
+from nft_ray.types import Weights
 from tests.examples import example_config
-
-GROUPS, IMAGES, TIMES, LATENT = 3, 4, 2, (8, 8, 8)
-
-
-def example_groups(seed: int = 0, epoch_steps: int = 2) -> tuple[list[TrainGroup], tuple[int, ...]]:
-    rng = np.random.default_rng(seed)
-    groups, normal = [], lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    for g in range(GROUPS):
-        samples = CleanSamples(
-            x0=normal(IMAGES, *LATENT),
-            t=rng.choice([1.0, 0.75, 0.5, 0.25], (IMAGES, TIMES)).astype(np.float32),
-            noise_seeds=rng.integers(0, 2**32, (IMAGES, TIMES)),
-            v_old=normal(IMAGES, TIMES, *LATENT),
-            v_ref=normal(IMAGES, TIMES, *LATENT),
-            conditioning={"prompt_embeds": normal(1, 8, 128), "pooled_prompt_embeds": normal(1, 128)},
-        )
-        step = rng.integers(-1, epoch_steps, IMAGES).astype(np.int32)
-        r = rng.random(IMAGES).astype(np.float32)
-        groups.append(TrainGroup(group_id=g, samples=samples, optimality=r, step=step))
-    steps = np.concatenate([group.step for group in groups])
-    return groups, tuple(int((steps == s).sum()) for s in range(epoch_steps))
-
-
-def update(core: LearnerCore, groups: list[TrainGroup], counts: tuple[int, ...]) -> Any:
-    bare = [dataclasses.replace(group, samples=None) for group in groups]
-    return core.update(core.version, bare, [group.samples for group in groups], counts)
+from tests.learning import GROUPS, IMAGES, example_groups, on_ranks, update
 
 
 def distance(a: Weights, b: Weights) -> float:
@@ -50,33 +21,18 @@ def distance(a: Weights, b: Weights) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(np.concatenate([b[name].ravel() for name in moved])))
 
 
-def rank_main(rank: int, world_size: int, store: str, shares: Any, counts: tuple[int, ...], out: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    core = LearnerCore(example_config(kl_weight=0.1), rank, world_size)
-    result, weights = update(core, list(shares[rank]), counts)
-    out.put((rank, result.metrics["nft/loss"], weights.old))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_ranks_gives_the_update_of_one(world_size: int, tmp_path: Path) -> None:
     groups, counts = example_groups()
     one, weights = update(LearnerCore(example_config(kl_weight=0.1)), groups, counts)
-    context = mp.get_context("spawn")
-    out = context.Queue()
-    shares = shard(groups, world_size)  # 4 ranks for 3 groups: one rank has no pair and still joins the reduction
-    args = (world_size, str(tmp_path / "store"), shares, counts, out)
-    ranks = [context.Process(target=rank_main, args=(rank, *args)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    results = [out.get(timeout=120) for _ in ranks]
-    for process in ranks:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    for _, loss, old in results:
-        assert loss == pytest.approx(one.metrics["nft/loss"], rel=1e-5)
-        assert checksum(old) == checksum(results[0][2])  # every rank holds the very same policy
-        assert distance(old, weights.old) < 1e-5
+    # 4 ranks for 3 groups: one rank has no pair and still joins the reduction
+    ranks = on_ranks(world_size, tmp_path, [(groups, counts)], "algorithm.kl_weight=0.1")
+    for rank in ranks:
+        assert rank.result.metrics["nft/loss"] == pytest.approx(one.metrics["nft/loss"], rel=1e-5)
+        assert rank.result.adapters.checksums == ranks[0].result.adapters.checksums  # every rank holds the same policy
+        assert (rank.weights is None) == (rank.state is None) == (rank.rank > 0)
+    assert ranks[0].weights is not None
+    assert distance(ranks[0].weights.old, weights.old) < 1e-5
 
 
 def test_micro_batches_do_not_change_the_update() -> None:

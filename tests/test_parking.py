@@ -1,5 +1,6 @@
 """Parked tensors have no memory, are the same objects, and come back to the last bit."""
 
+import pytest
 import torch
 
 from nft_ray.learner import LearnerCore
@@ -8,9 +9,10 @@ from nft_ray.parking import Parking, tensors_of
 from nft_ray.sampler import SamplerCore
 from tests.examples import example_config
 from tests.fakes import fake_request
-from tests.test_learner import example_groups, update
+from tests.learning import example_groups, update
 
 CPU = torch.device("cpu")
+tunings = pytest.mark.parametrize("tuning", ["lora", "full"])
 
 
 def test_a_parked_module_has_no_memory_and_comes_back_bit_for_bit() -> None:
@@ -40,12 +42,14 @@ def test_channels_last_survives() -> None:
     assert module.weight.stride() == strides
 
 
-def test_a_learner_parked_between_updates_is_the_learner_that_was_not() -> None:
-    plain, parked = LearnerCore(example_config()), LearnerCore(example_config())
+@tunings
+def test_a_learner_parked_between_updates_is_the_learner_that_was_not(tuning: str) -> None:
+    config = example_config(f"model.tuning={tuning}")
+    plain, parked = LearnerCore(config), LearnerCore(config)
     update(plain, *example_groups(0))
     update(parked, *example_groups(0))
     parked.park()
-    assert sum(tensor.untyped_storage().nbytes() for tensor in parked.model.transformer.parameters()) == 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in parked._policy._model.transformer.parameters()) == 0
     assert all(value.untyped_storage().nbytes() == 0 for value in parked.ema.values())
     moments = [moments["exp_avg"] for moments in parked.optimizer.state.values()]
     assert moments
@@ -57,8 +61,9 @@ def test_a_learner_parked_between_updates_is_the_learner_that_was_not() -> None:
     assert checksum(found.ema) == checksum(expected.ema)
 
 
-def test_a_sampler_parked_between_rollouts_draws_the_same() -> None:
-    config = example_config()
+@tunings
+def test_a_sampler_parked_between_rollouts_draws_the_same(tuning: str) -> None:
+    config = example_config(f"model.tuning={tuning}")
     core, learner = SamplerCore(config), LearnerCore(config)
     core.load(*learner.probe())
     request = fake_request(version=-1)

@@ -65,7 +65,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if weights is not None and lora is not None:
         _check_effect(weights, args.lora)
         check_layers(weights, config.model, args.lora)
-        config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora, "tuning": "lora"})})
     prompts = load_prompts(config.prompts.test)
     for name in config.rewards:
         check_lines(name, ((line.text, line.metadata) for line in prompts.lines))

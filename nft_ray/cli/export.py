@@ -40,6 +40,10 @@ def export_command(args: argparse.Namespace) -> int:
     run = Path(args.run).expanduser()
     if not (run / "config.yaml").is_file():
         raise ValueError(f"export {args.run}: holds no config.yaml; name the folder of a run, such as runs/quickstart")
+    if load(run / "config.yaml").model.tuning == "full":
+        raise ValueError(
+            f"export {args.run}: it trained all weights and has no LoRA; {run / 'transformer'} is its export"
+        )
     token = _token(args.push) if args.push else None
     config = load(run / "config.yaml")
     checkpoint = _checkpoint(run, args.checkpoint)

@@ -16,8 +16,9 @@ from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atom
 from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
+from nft_ray.export import export_policy
 from nft_ray.models.base import check_model
-from nft_ray.models.lora import check_layers, export_lora, read_lora
+from nft_ray.models.lora import check_layers, read_lora
 from nft_ray.prompt_sets import missing
 from nft_ray.prompts import PromptSet, check_prompts, load_prompts
 from nft_ray.rewards.base import TorchRewardConfig, check_lines, reward_files
@@ -198,7 +199,8 @@ def _report(
     """
     latest = folder.latest()
     assert latest is not None
-    export_lora(latest.state.ema, config.model, folder.path / "lora")
+    exported = export_policy(latest.state.ema, config.model, folder.path).name
+    small = [exported] if config.model.tuning == "lora" else []  # a transformer is gigabytes: it stays here
     tables, figures = [], {}
     for stage, (train_set, test_set) in stages:
         results = stage.results(folder.path)
@@ -219,12 +221,12 @@ def _report(
     summary = report.summary(config, figures, seconds=seconds, epochs=latest.epoch)
     write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     tracker.log_artifacts(
-        [folder.path / name for name in ("lora", "before_after.png", "reward_curve.png", "summary.json")]
+        [folder.path / name for name in (*small, "before_after.png", "reward_curve.png", "summary.json")]
     )
     shown = "\n\n".join(tables)
     write_atomically(folder.path / REPORTED, shown + "\n")
     console.say(f"\n{shown}\n")
-    for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", "lora"):
+    for name in ("before_after.png", "reward_curve.png", "summary.json", "metrics.jsonl", exported):
         console.say(f"{folder.path / name}")
 
 

@@ -8,7 +8,7 @@ own: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import diffusers
@@ -98,10 +98,15 @@ def assign(parameters: dict[str, torch.nn.Parameter] | dict[str, torch.Tensor], 
 
 def checksum(weights: Weights) -> str:
     """A digest over names, shapes and the exact float32 bytes: SHA-256, which processors have instructions for."""
+    return digest(sorted(weights.items()))
+
+
+def digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """The checksum of tensors that come in the order of their names, one after the other."""
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name}{weights[name].shape}".encode())
-        digest.update(np.ascontiguousarray(weights[name], dtype=np.float32).data)
+    for name, value in tensors:
+        digest.update(f"{name}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value, dtype=np.float32).data)
     return digest.hexdigest()[:32]
 
 

@@ -20,11 +20,11 @@ def test_learners_that_drift_apart_end_the_group() -> None:
     result, _ = learner.update(0, [group], [samples], (3,))
     drifted = dataclasses.replace(result, adapters=dataclasses.replace(result.adapters, checksums={"old": "other"}))
     learners = LearnerGroup(config, None)  # type: ignore[arg-type]  # nobody is placed
-    learners._agree([result, result])
-    with pytest.raises(RuntimeError, match=r"^learner 1 differs from learner 0 after version 1: .*other"):
-        learners._agree([result, drifted])
+    learners._agree([result.adapters, result.adapters])
+    with pytest.raises(RuntimeError, match=r"^learner 1 differs from learner 0 at version 1: .*other"):
+        learners._agree([result.adapters, drifted.adapters])
     with pytest.raises(RuntimeError, match=r"^learner 1 differs"):
-        _ = learners._first
+        _ = learners._living
 
 
 def test_adapters_are_flat_return_values() -> None:

@@ -195,3 +195,26 @@ def test_ctrl_c_ends_the_ray_that_it_started_and_keeps_the_last_checkpoint(
     assert "interrupted: epoch" in errors.splitlines()[-1]
     left = subprocess.run(["pgrep", "-f", ray_home["RAY_TMPDIR"]], capture_output=True, text=True, check=False)
     assert not left.stdout.split(), "processes of the Ray that the run started are still there"
+
+
+def test_full_fine_tuning_resumes_bit_for_bit_and_leaves_a_transformer(runs: Path) -> None:
+    settings = ("model.tuning=full", "learner.learning_rate=1e-5", "run.num_epochs=2")
+    done = nft_ray(runs, "full", *settings)
+    assert done.returncode == 0, done.stderr
+    stopped = nft_ray(runs, "full-stopped", *settings[:-1], "run.num_epochs=1")
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = nft_ray(runs, "full-stopped", *settings)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after epoch 1" in resumed.stdout
+    first, second = (
+        load_file(runs / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("full", "full-stopped")
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    epochs = [load_file(runs / name / "checkpoints/epoch-000002/ema.safetensors") for name in ("full", "full-stopped")]
+    assert all(first[name].tobytes() == value.tobytes() for name, value in epochs[0].items())  # what was exported
+    base = load_file(runs / "full-stopped" / "checkpoints/epoch-000001/ema.safetensors")
+    assert any((first[name] != value).any() for name, value in base.items())
+    assert str(runs / "full" / "transformer") in done.stdout
+    assert not (runs / "full" / "lora").exists()
