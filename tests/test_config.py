@@ -193,6 +193,20 @@ class TestAcrossFields:
         assert line.startswith("learner.optimizer_steps = 7: ")
         assert line.endswith("an epoch has 6; use at most 6")
 
+    @pytest.mark.parametrize(
+        ("overrides", "line"),
+        [
+            (["sampler.num_workers=2"], "sampler.num_workers = 2, learner.num_workers = 1; make them equal"),
+            (["run.max_staleness=1"], "run.max_staleness = 1: .* use 0"),
+            (["sampler.num_gpus=1", "learner.num_gpus=0.5"], "= 1.5: .* use at most 1 in all, such as 0.5 each"),
+            (["learner.sharding=fsdp"], "learner.sharding = 'fsdp': .* use ddp"),
+        ],
+    )
+    def test_who_shares_a_device_takes_turns(self, overrides: list[str], line: str) -> None:
+        one_pair = ["cluster.placement=colocated", "sampler.num_workers=1", "learner.num_workers=1"]
+        assert example_config(*one_pair).cluster.placement == "colocated"
+        assert re.search(line, refusal(*one_pair, *overrides))
+
     @pytest.mark.parametrize("override", ["rewards.geneval.weight=0", "rewards.geneval.eval_only=true"])
     def test_one_reward_must_train(self, override: str) -> None:
         assert refusal(override).startswith("rewards: none has a weight to train on; ")
