@@ -49,7 +49,7 @@ class LearnerCore:
         self.world_size = world_size
         self.device = torch.device("cuda" if config.learner.num_gpus and torch.cuda.is_available() else "cpu")
         self._policy = Policy(config, self.device, world_size)
-        self.policy = self._policy.parameters
+        self.model, self.policy = self._policy.model, self._policy.parameters
         self.ema = {name: value.detach().clone() for name, value in self._policy.part().items()}
         self.optimizer = torch.optim.AdamW(
             self.policy.values(),

@@ -50,15 +50,15 @@ class Policy:
         self._sharded = config.learner.sharding == "fsdp" and world_size > 1
         self._arithmetic = getattr(torch, config.model.dtype)
         kept = config.model.model_copy(update={"dtype": "float32"}) if self._full else config.model
-        self._model = load_model(kept, device, transformer_only=True)
-        transformer = self._model.transformer
+        self.model = load_model(kept, device, transformer_only=True)
+        transformer = self.model.transformer
         self.dtype: torch.dtype = next(transformer.parameters()).dtype
         with self._precision():
-            self.probe_base = probe_velocity(self._model)
+            self.probe_base = probe_velocity(self.model)
         if self._full:
             self.parameters = train_all(transformer)
         else:
-            self.parameters = attach(transformer, config.model.lora, self._model.lora_targets, config.run.seed)
+            self.parameters = attach(transformer, config.model.lora, self.model.lora_targets, config.run.seed)
             assign_start(self.parameters, config.model.lora)
         if config.learner.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' own method
@@ -66,7 +66,7 @@ class Policy:
             compile_blocks(transformer)
         if self._sharded:
             self._shard(transformer, world_size)
-        velocity = _Velocity(self._model)
+        velocity = _Velocity(self.model)
         wrap = world_size > 1 and not self._sharded
         self._module = DistributedDataParallel(velocity, forward_sync_buffers=False) if wrap else velocity
 
@@ -81,8 +81,8 @@ class Policy:
 
         All weights' gradients under fsdp are reduced in every one: kept whole, they would undo the sharding.
         """
-        if isinstance(self._model.transformer, FSDPModule):
-            self._model.transformer.set_requires_gradient_sync(last or self._full)
+        if isinstance(self.model.transformer, FSDPModule):
+            self.model.transformer.set_requires_gradient_sync(last or self._full)
         return (
             self._module.no_sync() if isinstance(self._module, DistributedDataParallel) and not last else nullcontext()
         )
@@ -96,7 +96,7 @@ class Policy:
 
     def join(self) -> None:
         """A forward and backward with a zero gradient: for a rank without pairs where others have some."""
-        x, t, conditioning = self._model.probe()
+        x, t, conditioning = self.model.probe()
         with torch.compiler.set_stance("force_eager"):  # its shape is not that of any micro-batch
             (self.velocity(x, t, conditioning).sum() * 0.0).backward()
 
@@ -110,7 +110,7 @@ class Policy:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that is on the device between two updates."""
-        return tensors_of([self._model.transformer])
+        return tensors_of([self.model.transformer])
 
     def part(self) -> Part:
         """The parameters as they are: no copies, on the device."""
@@ -162,7 +162,7 @@ class Policy:
         kept = {name: value.detach().clone() for name, value in self.part().items()}
         self.assign(part)
         with self._precision():
-            velocity = probe_velocity(self._model)
+            velocity = probe_velocity(self.model)
         self.assign(kept)
         return velocity
 

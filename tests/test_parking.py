@@ -49,7 +49,7 @@ def test_a_learner_parked_between_updates_is_the_learner_that_was_not(tuning: st
     update(plain, *example_groups(0))
     update(parked, *example_groups(0))
     parked.park()
-    assert sum(tensor.untyped_storage().nbytes() for tensor in parked._policy._model.transformer.parameters()) == 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in parked.model.transformer.parameters()) == 0
     assert all(value.untyped_storage().nbytes() == 0 for value in parked.ema.values())
     moments = [moments["exp_avg"] for moments in parked.optimizer.state.values()]
     assert moments
