@@ -16,8 +16,8 @@ from yaml import YAMLError
 
 from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
 from nft_ray.composition import WORKERS, compose, stage_data
-from nft_ray.flow.solvers import Solver
 from nft_ray.rewards.base import RewardConfig, reward_config
+from nft_ray.types import Solver
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]

@@ -12,6 +12,7 @@ import numpy as np
 
 Adapter = Literal["old", "ema", "reference"]
 Split = Literal["train", "eval"]
+Solver = Literal["euler", "ddim", "dpm1", "dpm2", "heun"]
 Weights = dict[str, np.ndarray]  # the trained tensors, of a LoRA or of the whole transformer, by name, float32
 
 

@@ -12,11 +12,12 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-Solver = Literal["euler", "ddim", "dpm1", "dpm2", "heun"]
+from nft_ray.types import Solver
+
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 """velocity(x (B, ...), sigma in [0, 1]) -> v (B, ...) of any floating dtype."""
 
