@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nft_ray.config import ExperimentConfig, differences, dump, resolved
+from nft_ray.config import ExperimentConfig, differences, dump, parse, resolved
 from nft_ray.types import AdapterWeights, LearnerState
 
 PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
@@ -70,7 +70,7 @@ class RunFolder:
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         if target.exists():
-            before = yaml.safe_load(target.read_text())
+            before = _completed(yaml.safe_load(target.read_text()))
             changed = [key for key in differences(before, resolved(config)) if not key.startswith(MAY_DIFFER)]
             if changed:
                 shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
@@ -214,6 +214,14 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _completed(before: dict[str, Any]) -> dict[str, Any]:
+    """A resolved experiment with the defaults of settings that are younger; as it is where it cannot be read."""
+    try:
+        return resolved(parse(before))
+    except ValueError:
+        return before
 
 
 def _save_error(target: Path, error: Exception) -> OSError:

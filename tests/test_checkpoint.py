@@ -272,6 +272,17 @@ class TestClaim:
         assert (tmp_path / "config.yaml").read_text() == before
         assert names(folder) == ["epoch-000006"]
 
+    def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(self, tmp_path: Path) -> None:
+        folder, file = RunFolder(tmp_path), tmp_path / "config.yaml"
+        folder.claim(example_config())
+        written = yaml.safe_load(file.read_text())
+        del written["learner"]["sharding"], written["rewards"]["geneval"]["eval_only"]
+        file.write_text(yaml.safe_dump(written))
+        with pytest.raises(ValueError, match=r"differs in: learner\.sharding\)"):
+            folder.claim(example_config("learner.sharding=fsdp"))
+        folder.claim(example_config())
+        assert yaml.safe_load(file.read_text())["learner"]["sharding"] == "ddp"
+
     def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
         RunFolder(tmp_path).claim(example_config())
         learner = [f"learner.{key}" for key in ("num_cpus=9", "num_gpus=1", "num_threads=9", "memory_gib=9")]
