@@ -65,5 +65,6 @@ def compile_blocks(transformer: torch.nn.Module) -> int:
     blocks = blocks_of(transformer)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        # its forward, not the module: hooks such as FSDP's, which gathers the weights, stay outside of the graph
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     return len(blocks)

@@ -77,13 +77,13 @@ def test_a_restored_learner_of_either_kind_goes_on_bit_for_bit(tuning: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_sharded_learners_are_the_whole_ones(tuning: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tuning", "compiled"), [("lora", "true"), ("full", "false")])
+def test_sharded_learners_are_the_whole_ones(tuning: str, compiled: str, tmp_path: Path) -> None:
     """Two ranks, uneven shares of the pairs: with fsdp each rank must run the model as often as the others."""
     settings = (f"model.tuning={tuning}", *SETTINGS)
     start = LearnerCore(example_config(*settings)).state()
     ddp = on_ranks(2, tmp_path, EPOCHS, *settings)
-    fsdp = on_ranks(2, tmp_path, EPOCHS, *settings, "learner.sharding=fsdp")
+    fsdp = on_ranks(2, tmp_path, EPOCHS, *settings, "learner.sharding=fsdp", f"learner.compile={compiled}")
     assert start is not None
     check(fsdp, ddp, start)
     assert [rank.num_local for rank in ddp] == 2 * [sum(value.size for value in start.policy.values())]
