@@ -100,6 +100,12 @@ class Policy:
         with torch.compiler.set_stance("force_eager"):  # its shape is not that of any micro-batch
             (self.velocity(x, t, conditioning).sum() * 0.0).backward()
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of all parameters in place."""
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        if factor != 1:
+            torch._foreach_mul_(gradients, factor)
+
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all ranks down to a norm; returns what it was, a scalar on the device."""
         parameters = self.parameters.values()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nft_ray.learner import LearnerCore
 from nft_ray.models.lora import checksum
@@ -107,6 +108,21 @@ def test_less_memory_or_more_speed_is_the_same_update(setting: str) -> None:
     for name in ("nft/loss", "nft/kl", "nft/x0_norm", "nft/grad_norm"):
         assert result.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-4)
     assert distance(found.old, weights.old) < 1e-3
+
+
+def test_a_small_gradient_in_float16_does_not_become_zero() -> None:
+    """Of these 3 prompts' pairs and a hundred thousand times as many of other ranks: each adds 1e-9."""
+    groups, _ = example_groups(epoch_steps=1)
+    groups = [dataclasses.replace(group, step=np.zeros(IMAGES, np.int32)) for group in groups]
+    gradients = []
+    for dtype in ("float32", "float16"):
+        core = LearnerCore(example_config(f"model.dtype={dtype}", kl_weight=0.1))
+        result, _ = update(core, groups, (100_000 * GROUPS * IMAGES,))
+        gradients.append(torch.cat([value.grad.double().flatten() for value in core.policy.values()]))  # type: ignore[union-attr]
+        assert result.metrics["nft/grad_norm"] == pytest.approx(float(gradients[-1].norm()), rel=1e-3)
+    exact, found = gradients
+    assert exact @ found / (exact.norm() * found.norm()) > 0.999
+    assert float(found.norm()) == pytest.approx(float(exact.norm()), rel=0.02)
 
 
 def test_the_kl_of_every_choice_of_times_averages_to_the_whole() -> None:
