@@ -99,7 +99,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub id. A commit is the same on every node and on every day."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen weights. The LoRA is float32 always."""
+    """Data type of the frozen weights. The LoRA is float32 always. float16 keeps the gradient of float32 best, bfloat16
+    has the wider range (docs/decisions/0003)."""
     text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of the text encoders; null = `dtype`."""
     text_encoders: Literal["resident", "offload"] = "resident"

@@ -25,6 +25,7 @@ from nft_ray.models.lora import digest
 from nft_ray.pairs import gather, micro_batches
 from nft_ray.parking import Parking
 from nft_ray.policy import Part, Policy, local
+from nft_ray.sampler import OUT_OF_RANGE
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
 PROBE_VERSION = -1
@@ -209,7 +210,10 @@ class LearnerCore:
         self._policy.scale_gradients(1 / self._loss_scale(num_pairs))
         norm = self._policy.clip(self.config.learner.max_grad_norm)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"gradient norm is {norm.item()} at optimizer step {self.optimizer_step + 1}")
+            raise RuntimeError(
+                f"gradient norm is {norm.item()} at optimizer step {self.optimizer_step + 1}"
+                + (f": {OUT_OF_RANGE}" if self._policy.dtype == torch.float16 else "")
+            )
         self.optimizer.step()
         self.optimizer_step += 1
         self._follow()

@@ -35,6 +35,8 @@ from nft_ray.types import (
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |difference| / |velocity| that rounding explains between two processes; measured in tests/test_sampler.py."""
 
+OUT_OF_RANGE = "the model may leave the range of float16; model.dtype = bfloat16 has a wider one"
+
 
 class SamplerCore:
     """A frozen model on one device and the adapter versions that requests may name."""
@@ -166,18 +168,23 @@ class SamplerCore:
         sigmas = self.model.sigmas(self.config.sampler.num_steps).numpy()
         t = training_times(sigmas, self.config.sampler.num_times, seeds)
         noise_seeds = np.array([[mix("noise", int(s), k) for k in range(t.shape[1])] for s in seeds], dtype=np.int64)
-        v_old, v_ref, chosen = self.velocities(x0, t, noise_seeds, conditioning), None, None
+        frozen, v_ref, chosen = self.velocities(x0, t, noise_seeds, conditioning), None, None
         if self.config.algorithm.kl_weight:
             self._use("reference", request.policy_version)
             chosen = reference_times(t.shape[1], self.config.algorithm.kl_fraction, seeds)
             t_ref, ref_seeds = (np.take_along_axis(values, chosen, axis=1) for values in (t, noise_seeds))
             v_ref = self.velocities(x0, t_ref, ref_seeds, conditioning)()
         host = {name: self._copies.download(value.float()) for name, value in conditioning.items()}
+        clean, v_old = self._copies.download(x0)(), frozen()
+        for name, value in (("x0", clean), ("v_old", v_old), ("v_ref", v_ref)):
+            if value is not None and not np.isfinite(value).all():
+                hint = f": {OUT_OF_RANGE}" if self.config.model.dtype == "float16" else ""
+                raise RuntimeError(f"{self.worker}: {name} of {item.prompt.text!r} is not finite{hint}")
         return CleanSamples(
-            x0=self._copies.download(x0)(),
+            x0=clean,
             t=t,
             noise_seeds=noise_seeds,
-            v_old=v_old(),
+            v_old=v_old,
             v_ref=v_ref,
             ref_times=chosen,
             conditioning={name: value() for name, value in host.items()},

@@ -171,6 +171,19 @@ def test_the_gradient_of_a_16_bit_run_is_that_of_an_exact_one(dtype: str, size: 
     assert 0.99 <= a @ b / (a.norm() * b.norm()) < 1
 
 
+@pytest.mark.parametrize(("dtype", "hint"), [("float16", "model.dtype = bfloat16"), ("float32", "finite$")])
+def test_what_left_the_range_of_its_numbers_is_not_trained_on(dtype: str, hint: str, learner: LearnerCore) -> None:
+    core = SamplerCore(example_config(f"model.dtype={dtype}"))
+    adapters, weights = learner.probe()
+    core.load(adapters, weights)
+    core.rollout(request(core.config))
+    weight = next(core.model.transformer.parameters())
+    weight.data[0] = torch.inf
+    with pytest.raises(RuntimeError, match=f"local: x0 of 'a photo of .*' is not .*{hint}") as error:
+        core.rollout(request(core.config))
+    assert "\n" not in str(error.value)
+
+
 def scaled(weights: Weights, factor: float) -> Weights:
     return {name: value * np.float32(factor if ".lora_B." in name else 1) for name, value in weights.items()}
 
