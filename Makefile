@@ -28,7 +28,7 @@ quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system 
 oracles: setup # the environments that cannot share .venv: open_clip, and published code to compare with
 	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
 
-test: oracles ## all tests, about 20 minutes (plain `pytest` leaves out the slow ones: 6)
+test: oracles ## all tests, about 30 minutes (plain `pytest` leaves out the slow ones)
 	$(BIN)/python -m pytest -m "slow or not slow" -W ignore $(ARGS)
 
 check: setup ## style, format, types, import rules

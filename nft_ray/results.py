@@ -173,11 +173,12 @@ def identity(
         name: section.model_dump(mode="json", exclude=set(RewardConfig.model_fields) | WHERE_NOT_WHAT)
         for name, section in config.reward_configs.items()
     }
+    scale = {} if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
     memory_only = {key.removeprefix("model.") for key in MAY_DIFFER if key.startswith("model.")}
     evaluation = config.evaluation.model_dump(mode="json", exclude={"every", "picture_lines"})
     return {
-        "model": config.model.model_dump(mode="json", exclude={"lora", *memory_only}),
-        "lora": None if lora is None else {"checksum": checksum, "rank": lora.rank, "alpha": lora.alpha},
+        "model": config.model.model_dump(mode="json", exclude={"lora", "tuning", *memory_only}),
+        "lora": None if checksum is None else {"checksum": checksum, **scale},
         "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
         "evaluation": evaluation,
         "sampler": config.sampler.model_dump(mode="json", include=ROUNDING),

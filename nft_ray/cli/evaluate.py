@@ -25,6 +25,7 @@ from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
+from nft_ray.models.full import check_all, read_all
 from nft_ray.models.lora import check_layers, checksum, read_lora
 from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.prompts import PromptSet, load_prompts
@@ -61,8 +62,12 @@ def evaluate_command(args: argparse.Namespace) -> int:
     config = resolve(args)
     check_model(config.model)
     source = find_source(args.lora) if args.lora else None
-    weights, lora = read_lora(source) if source else (None, None)
-    if weights is not None and lora is not None:
+    weights, lora = read_all(source) if source else None, None
+    if weights is not None:
+        check_all(weights, config.model, args.lora)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"tuning": "full"})})
+    elif source:
+        weights, lora = read_lora(source)
         _check_effect(weights, args.lora)
         check_layers(weights, config.model, args.lora)
         config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora, "tuning": "lora"})})

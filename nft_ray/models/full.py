@@ -7,14 +7,16 @@ divides it by the ranks) and on the host 2 P per kept version; a sampler has the
 `model.dtype` and on the host 2 P per kept version; a checkpoint is 6 P. SD3.5-medium: P = 9.9 GB.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import Hold, assign
+from nft_ray.models.lora import Hold, assign, without_memory
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -53,6 +55,26 @@ def random_change(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     rng = np.random.default_rng(mix("random weights", seed, name))
     fan_in = np.prod(shape[1:], dtype=np.int64) if len(shape) > 1 else 1
     return (PROBE_SCALE / np.sqrt(fan_in) * rng.standard_normal(shape)).astype(np.float32)
+
+
+def read_all(checkpoint: str | Path) -> Weights | None:
+    """All weights of the EMA policy in one of our checkpoints, float32; None where it is none of full fine-tuning."""
+    facts = Path(checkpoint) / "state.json"
+    if not facts.is_file() or json.loads(facts.read_text())["config"]["model"].get("tuning") != "full":
+        return None
+    return load_file(facts.with_name("ema.safetensors"))
+
+
+def check_all(weights: Weights, config: ModelConfig, name: str) -> None:
+    """ValueError with one line where the weights are not this model's."""
+    transformer = without_memory(config)
+    shapes = {name: tuple(value.shape) for name, value in transformer.named_parameters()} if transformer else {}
+    theirs = {name: value.shape for name, value in weights.items()}
+    if shapes and (strange := sorted(key for key in shapes | theirs if shapes.get(key) != theirs.get(key))):
+        raise ValueError(
+            f"{name}: {strange[0]} is {theirs.get(strange[0])} there and {shapes.get(strange[0])} in model.path = "
+            f"{config.path}; is it another model's?"
+        )
 
 
 def export_transformer(weights: Weights, config: ModelConfig, folder: Path) -> None:

@@ -208,12 +208,9 @@ def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
 
     The transformer is built without memory from its configuration; nothing is said where that is not at hand.
     """
-    folder = folder_of(config)
-    if folder is None:
+    transformer = without_memory(config)
+    if transformer is None:
         return
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
-    with torch.device("meta"):
-        transformer = kind.from_config(read_json(folder / "transformer" / "config.json"))
     found = {layer: module for layer, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     for tensor, value in weights.items():
         layer, end = tensor.removesuffix(".weight").rsplit(".lora_", 1)
@@ -226,6 +223,17 @@ def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
                 f"LoRA {name}: {layer} has {wants} {'inputs' if end == 'A' else 'outputs'} there and {has} in "
                 f"model.path = {config.path}; is it another's?"
             )
+
+
+def without_memory(config: ModelConfig) -> torch.nn.Module | None:
+    """The transformer's layers and shapes, on the meta device; None where its files are not at hand."""
+    folder = folder_of(config)
+    if folder is None:
+        return None
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
+    return transformer
 
 
 def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) -> None:

@@ -41,10 +41,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewards_here(sections: dict[str, Any]) -> dict[str, Any]:
-    """The rewards that need no weights; a GenEval that finds nothing in noise has a second one to learn from."""
+    """The rewards that need no weights; beside GenEval and OCR, which find nothing in noise, one to learn from."""
     found = {STAND_INS.get(name, name): {"weight": 1.0, "num_cpus": 0.1} for name in sections}
     if "geneval" in found:
         found["geneval"] |= {"detector": "shapes"}
+    if found.keys() & {"geneval", "ocr"}:
         found |= {"jpeg_compressibility": {"weight": 0.1, "num_cpus": 0.1}}
     return found
 
