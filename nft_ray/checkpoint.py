@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nft_ray.config import ExperimentConfig, differences, dump, resolved
+from nft_ray.config import ExperimentConfig, differences, dump, parse, resolved
 from nft_ray.types import AdapterWeights, LearnerState
 
 PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
@@ -70,7 +70,7 @@ class RunFolder:
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         if target.exists():
-            before = yaml.safe_load(target.read_text())
+            before = _completed(yaml.safe_load(target.read_text()))
             changed = [key for key in differences(before, resolved(config)) if not key.startswith(MAY_DIFFER)]
             if changed:
                 shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
@@ -140,6 +140,14 @@ class RunFolder:
             "packages": package_versions(),
             "config": yaml.safe_load(config.read_text()) if config.exists() else None,
         }
+
+
+def _completed(before: dict[str, Any]) -> dict[str, Any]:
+    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
+    try:
+        return resolved(parse(before))
+    except ValueError:  # of a field that is gone, say: what differs is listed
+        return before
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

@@ -224,6 +224,17 @@ class TestClaim:
             folder.save(6, learner_state())
         assert names(folder) == ["epoch-000006"]
 
+    def test_a_run_from_before_a_field_was_there_goes_on(self, tmp_path: Path) -> None:
+        folder, config = RunFolder(tmp_path), example_config()
+        folder.claim(config)
+        before = resolved(config)
+        del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction\)"):
+            folder.claim(example_config("algorithm.kl_fraction=0.5"))
+        folder.claim(config)
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == resolved(config)
+
     @pytest.mark.parametrize(
         "override",
         [
