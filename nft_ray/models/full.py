@@ -7,14 +7,16 @@ divides it by the ranks) and on the host 2 P per kept version; a sampler has the
 `model.dtype` and on the host 2 P per kept version; a checkpoint is 6 P. SD3.5-medium: P = 9.9 GB.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import Hold, assign
+from nft_ray.models.lora import Hold, assign, skeleton
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -53,6 +55,32 @@ def random_change(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     rng = np.random.default_rng(mix("random weights", seed, name))
     fan_in = np.prod(shape[1:], dtype=np.int64) if len(shape) > 1 else 1
     return (PROBE_SCALE / np.sqrt(fan_in) * rng.standard_normal(shape)).astype(np.float32)
+
+
+def read_full(source: str | Path) -> Weights | None:
+    """The EMA policy of a checkpoint of a run that trained all weights; None where `source` is anything else."""
+    state = Path(source).expanduser() / "state.json"
+    if not state.is_file():
+        return None
+    config = json.loads(state.read_text())["config"]
+    if not config or config["model"].get("tuning") != "full":
+        return None
+    return load_file(state.with_name("ema.safetensors"))
+
+
+def check_weights(weights: Weights, config: ModelConfig, name: str) -> None:
+    """ValueError with one line where all weights of a transformer are not for this model; see lora.check_layers."""
+    transformer = skeleton(config)
+    if transformer is None:
+        return
+    wanted = {key: tuple(value.shape) for key, value in transformer.named_parameters()}
+    found = {key: value.shape for key, value in weights.items()}
+    strange = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+    if strange:
+        raise ValueError(
+            f"LoRA {name}: holds all weights of a transformer, and {strange[0]} is {found.get(strange[0])} there and "
+            f"{wanted.get(strange[0])} in model.path = {config.path}; is it another's?"
+        )
 
 
 def export_transformer(weights: Weights, config: ModelConfig, folder: Path) -> None:

@@ -203,17 +203,25 @@ def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
     return _read(file), file.config
 
 
+def skeleton(config: ModelConfig) -> torch.nn.Module | None:
+    """The transformer without memory, built from its configuration; None where that is not at hand."""
+    folder = folder_of(config)
+    if folder is None:
+        return None
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
+    return transformer
+
+
 def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
     """ValueError with one line where a LoRA is not for this model: a layer is not there, or has another size.
 
-    The transformer is built without memory from its configuration; nothing is said where that is not at hand.
+    Nothing is said where the model's configuration is not at hand.
     """
-    folder = folder_of(config)
-    if folder is None:
+    transformer = skeleton(config)
+    if transformer is None:
         return
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
-    with torch.device("meta"):
-        transformer = kind.from_config(read_json(folder / "transformer" / "config.json"))
     found = {layer: module for layer, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     for tensor, value in weights.items():
         layer, end = tensor.removesuffix(".weight").rsplit(".lora_", 1)

@@ -195,6 +195,18 @@ def test_comparing(prompts: str, tmp_path: Path, published: Path, capsys: pytest
     assert "line 0: seed is" in line
 
 
+def test_what_is_not_finished_is_not_compared(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(prompts, tmp_path / "a") == 0
+    file = tmp_path / "a" / "results.jsonl"
+    found = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(found[::-1]))  # killed at its very end: whole, in the order of arrival
+    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    file.write_text(found[4] + found[0])
+    capsys.readouterr()
+    line = refused(capsys, main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]))
+    assert "has 2 of 5 lines: run its command again" in line
+
+
 def rewards(*arguments: str, config: Path = QUICKSTART) -> dict[str, Any]:
     args = parser().parse_args(["evaluate", str(config), "--output", "x", *arguments])
     return dict(resolve(args).rewards)
