@@ -247,7 +247,7 @@ def _caption(result: LineResult, metric: str) -> str:
 
 def _finished(folder: Path) -> list[LineResult]:
     """Every line of an evaluation, in order; ValueError where it is not finished: two halves compare other prompts."""
-    found, wanted = read_results(folder), read_identity(folder)["prompts"]["lines"]
+    found, wanted = read_results(folder, whole=False), read_identity(folder)["prompts"]["lines"]
     if len(found) != wanted:
         raise ValueError(f"{folder}: has {len(found)} of {wanted} lines: run its command again to finish it")
     return sorted(found, key=lambda result: result.line)  # killed at its very end, it is not in order yet

@@ -201,7 +201,7 @@ def test_what_is_not_finished_is_not_compared(prompts: str, tmp_path: Path, caps
     found = file.read_text().splitlines(keepends=True)
     file.write_text("".join(found[::-1]))  # killed at its very end: whole, in the order of arrival
     assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
-    file.write_text(found[4] + found[0])
+    file.write_text(found[4] + found[0] + found[1][:20])
     capsys.readouterr()
     line = refused(capsys, main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]))
     assert "has 2 of 5 lines: run its command again" in line
