@@ -142,6 +142,14 @@ class RunFolder:
         }
 
 
+def _completed(before: dict[str, Any]) -> dict[str, Any]:
+    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
+    try:
+        return resolved(parse(before))
+    except ValueError:  # of a field that is gone, say: what differs is listed
+        return before
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """RUN/checkpoints/epoch-000010, ...: those that are complete, oldest first."""
     found = folder.glob("epoch-*")
@@ -214,14 +222,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _completed(before: dict[str, Any]) -> dict[str, Any]:
-    """A resolved experiment with the defaults of settings that are younger; as it is where it cannot be read."""
-    try:
-        return resolved(parse(before))
-    except ValueError:
-        return before
 
 
 def _save_error(target: Path, error: Exception) -> OSError:

@@ -312,9 +312,12 @@ class ExperimentConfig(Section):
     @classmethod
     def _num_epochs_of_stages(cls, data: Any) -> Any:
         """Where the run does not say how many epochs it has, its stages do."""
-        if not isinstance(data, Mapping) or not data.get("stages") or not isinstance(data.get("run"), Mapping):
+        if not isinstance(data, Mapping) or not isinstance(data.get("run"), Mapping):
             return data
-        counts = [stage.get("num_epochs") if isinstance(stage, Mapping) else None for stage in data["stages"]]
+        stages = data.get("stages")
+        if not stages or not isinstance(stages, list | tuple):
+            return data
+        counts = [stage.get("num_epochs") if isinstance(stage, Mapping) else None for stage in stages]
         if "num_epochs" in data["run"] or not all(type(count) is int for count in counts):
             return data
         return {**data, "run": {**data["run"], "num_epochs": sum(counts)}}

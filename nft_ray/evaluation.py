@@ -85,5 +85,5 @@ def load_evaluation(folder: Path, epoch: int) -> EvalResult:
         counts=figures["counts"],
         images=images,
         seconds=figures["seconds"],
-        right={int(line): right for line, right in figures["right"].items()},
+        right={int(line): right for line, right in figures.get("right", {}).items()},  # old runs have none
     )

@@ -19,6 +19,7 @@ from nft_ray.models.base import family, load_model
 from nft_ray.models.download import NANO, location, prepare
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora, merged
+from nft_ray.stages import stage_at, stages_of
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -92,8 +93,8 @@ def model_card(
         f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
         f"the policy after {epoch} epochs.",
         _facts(config, epoch),
-        f"## Rewards\n\n{_rewards(config)}",
-        f"## Held-out figures\n\n```\n{figures}\n```\n\n{_how_evaluated(config)}",
+        f"## Rewards\n\n{_rewards(config, epoch)}",
+        f"## Held-out figures\n\n```\n{figures}\n```\n\n{_how_evaluated(stage_at(config, epoch).config)}",
         "![training and held-out reward against the epoch](reward_curve.png)",
         f"## Loading it\n\n```python\n{loading_code(config, hub_id or '.')}\n```\n\n"
         "The file's metadata holds alpha: loaders that ignore it scale the LoRA wrongly.",
@@ -156,26 +157,37 @@ def loading_code(config: ExperimentConfig, where: str) -> str:
 
 
 def _facts(config: ExperimentConfig, epoch: int) -> str:
-    prompts, model = config.prompts, config.model
-    images = epoch * prompts.groups_per_epoch * prompts.images_per_group
+    model, parts = config.model, _parts(config, epoch)
+    drawn = [(last - first, part.prompts) for first, last, part in parts]
+    images = sum(epochs * of.groups_per_epoch * of.images_per_group for epochs, of in drawn)
+    trained = ", then ".join(f"`{of.train}`{f' ({epochs} epochs)' if len(drawn) > 1 else ''}" for epochs, of in drawn)
+    counts = " + ".join(f"{n} epochs x {of.groups_per_epoch} prompts x {of.images_per_group} images" for n, of in drawn)
     rows = {
         "base model": f"{model.path}{f' @ {model.revision}' if model.revision else ''}, {model.dtype}",
         "resolution": f"{model.width} x {model.height} pixels",
         "LoRA": f"rank {model.lora.rank}, alpha {model.lora.alpha}, float32",
-        "data": f"prompts `{prompts.train}`; no images but the policy's own",
-        "drawn in training": f"{images} images: {epoch} epochs x {prompts.groups_per_epoch} prompts x "
-        f"{prompts.images_per_group} images",
-        "held out": f"prompts `{prompts.test}`",
+        "data": f"prompts {trained}; no images but the policy's own",
+        "drawn in training": f"{images} images: {counts}",
+        "held out": f"prompts `{parts[-1][2].prompts.test}`",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _rewards(config: ExperimentConfig) -> str:
+def _rewards(config: ExperimentConfig, epoch: int) -> str:
     rows = [
-        f"| {name} | {'only measured' if reward.eval_only or not reward.weight else f'{reward.weight:g}'} |"
-        for name, reward in config.reward_configs.items()
+        f"| {first + 1} to {last} | {name} | "
+        f"{'only measured' if reward.eval_only or not reward.weight else f'{reward.weight:g}'} |"
+        for first, last, part in _parts(config, epoch)
+        for name, reward in part.reward_configs.items()
     ]
-    return "\n".join(["| reward | weight |", "|---|---|", *rows])
+    return "\n".join(["| epochs | reward | weight |", "|---|---|---|", *rows])
+
+
+def _parts(config: ExperimentConfig, epoch: int) -> list[tuple[int, int, ExperimentConfig]]:
+    """(epochs finished before, epochs finished after, experiment) of what made the policy; without stages, one part."""
+    stages = [stage for stage in stages_of(config) if stage.first_epoch < epoch]
+    ends = [*(stage.last_epoch for stage in stages[:-1]), epoch]
+    return [(stage.first_epoch, end, stage.config) for stage, end in zip(stages, ends, strict=True)]
 
 
 def _how_evaluated(config: ExperimentConfig) -> str:

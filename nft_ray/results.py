@@ -173,12 +173,14 @@ def identity(
         name: section.model_dump(mode="json", exclude=set(RewardConfig.model_fields) | WHERE_NOT_WHAT)
         for name, section in config.reward_configs.items()
     }
-    scale = {} if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
     memory_only = {key.removeprefix("model.") for key in MAY_DIFFER if key.startswith("model.")}
+    trained: dict[str, Any] | None = None if checksum is None else {"checksum": checksum}  # alone: all weights
+    if trained is not None and lora is not None:
+        trained |= {"rank": lora.rank, "alpha": lora.alpha}
     evaluation = config.evaluation.model_dump(mode="json", exclude={"every", "picture_lines"})
     return {
         "model": config.model.model_dump(mode="json", exclude={"lora", "tuning", *memory_only}),
-        "lora": None if checksum is None else {"checksum": checksum, **scale},
+        "lora": trained,
         "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
         "evaluation": evaluation,
         "sampler": config.sampler.model_dump(mode="json", include=ROUNDING),

@@ -224,6 +224,17 @@ class TestClaim:
             folder.save(6, learner_state())
         assert names(folder) == ["epoch-000006"]
 
+    def test_a_run_from_before_a_field_was_there_goes_on(self, tmp_path: Path) -> None:
+        folder, config = RunFolder(tmp_path), example_config()
+        folder.claim(config)
+        before = resolved(config)
+        del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction\)"):
+            folder.claim(example_config("algorithm.kl_fraction=0.5"))
+        folder.claim(config)
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == resolved(config)
+
     @pytest.mark.parametrize(
         "override",
         [
@@ -271,17 +282,6 @@ class TestClaim:
         assert "\n" not in str(error.value)
         assert (tmp_path / "config.yaml").read_text() == before
         assert names(folder) == ["epoch-000006"]
-
-    def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(self, tmp_path: Path) -> None:
-        folder, file = RunFolder(tmp_path), tmp_path / "config.yaml"
-        folder.claim(example_config())
-        written = yaml.safe_load(file.read_text())
-        del written["learner"]["sharding"], written["rewards"]["geneval"]["eval_only"]
-        file.write_text(yaml.safe_dump(written))
-        with pytest.raises(ValueError, match=r"differs in: learner\.sharding\)"):
-            folder.claim(example_config("learner.sharding=fsdp"))
-        folder.claim(example_config())
-        assert yaml.safe_load(file.read_text())["learner"]["sharding"] == "ddp"
 
     def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
         RunFolder(tmp_path).claim(example_config())

@@ -187,6 +187,7 @@ class TestStages:
                 "stages.3.num_epochs=1",
                 "--set stages.3.num_epochs: there are 3 stages; write stages.N.key with N from 0",
             ),
+            ("stages=3", "stages = 3: Input should be a valid tuple"),
             ("stages.first.num_epochs=1", "write stages.N.key with N from 0"),
         ],
     )

@@ -1,5 +1,6 @@
 """Evaluation figures: each line once, missing ones left out and counted."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,7 @@ def test_a_saved_evaluation_comes_back(tmp_path: Path) -> None:
     assert back.counts == result.counts
     assert back.right == result.right == {5: True}
     np.testing.assert_array_equal(back.images[5], image)
+    target = tmp_path / "evaluations" / "epoch-000010.json"
+    figures = json.loads(target.read_text())
+    target.write_text(json.dumps({key: value for key, value in figures.items() if key != "right"}))
+    assert load_evaluation(tmp_path, 10).right == {}, "runs of an earlier version have no verdicts"

@@ -75,6 +75,24 @@ def test_the_card_has_the_hubs_header_and_says_what_was_done() -> None:
         assert part in text
 
 
+def test_of_a_run_in_stages_the_card_tells_each_that_trained_it() -> None:
+    second = "{name: b, num_epochs: 9, rewards: {jpeg_compressibility: }, evaluation: {num_steps: 3}, "
+    prompts = "prompts: {train: small/geneval, test: small/ocr, groups_per_epoch: 2}}"
+    text = card(
+        "run.num_epochs=14", f"stages=[{{name: a, num_epochs: 4}}, {second}{prompts}, {{name: c, num_epochs: 1}}]"
+    )
+    for part in (
+        "prompts `shapes/train` (4 epochs), then `small/geneval` (3 epochs); no images",
+        "72 images: 4 epochs x 3 prompts x 4 images + 3 epochs x 2 prompts x 4 images",
+        "| held out | prompts `small/ocr` |",
+        "| 1 to 4 | geneval | 1 |",
+        "| 5 to 7 | jpeg_compressibility | 1 |",
+        "Every held-out prompt once, 3 steps",
+    ):
+        assert part in text
+    assert "8 to" not in text
+
+
 def test_a_folder_is_no_base_model_of_the_hub() -> None:
     assert "base_model" not in yaml.safe_load(card().split("---")[1])
 

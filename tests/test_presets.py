@@ -62,6 +62,7 @@ def mathematics(config: ExperimentConfig) -> dict[str, Any]:
     data = {key: value for key, value in resolved(config).items() if key not in PLACEMENT[""]}
     for section in ("model", "sampler", "learner"):
         data[section] = {key: value for key, value in data[section].items() if key not in PLACEMENT[section]}
+    data["scorers"] = {key: value for key, value in data["scorers"].items() if key != "max_in_flight"}
     data["rewards"] = {
         name: {key: value for key, value in section.items() if key not in PLACEMENT["rewards"]}
         for name, section in data["rewards"].items()
@@ -140,6 +141,14 @@ def test_the_gpus_of_a_profile_are_used_and_suffice(name: str, profile: str) -> 
         assert total <= wanted + 1e-9
         assert total > wanted - (2.5 if len(on_gpus) > 2 else 1e-9)
         assert pairs.num_gpus == pytest.approx(1.0 if profile != "one_gpu" or not on_gpus else 0.8)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_replica_of_a_reward_can_be_at_work(name: str, profile: str) -> None:
+    for one in preset(name, f"cluster={profile}").stage_configs:
+        calls = min(one.scorers.max_in_flight, one.prompts.groups_per_epoch)  # a call scores one group
+        assert all(reward.num_replicas <= calls for reward in one.reward_configs.values())
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -25,7 +25,7 @@ from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
-from nft_ray.models.full import check_all, read_all
+from nft_ray.models.full import check_weights, read_full
 from nft_ray.models.lora import check_layers, checksum, read_lora
 from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.prompts import PromptSet, load_prompts
@@ -62,9 +62,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
     config = resolve(args)
     check_model(config.model)
     source = find_source(args.lora) if args.lora else None
-    weights, lora = read_all(source) if source else None, None
-    if weights is not None:
-        check_all(weights, config.model, args.lora)
+    weights, lora = read_full(source) if source else None, None
+    if weights is not None:  # of a run with model.tuning: full
+        check_weights(weights, config.model, args.lora)
         config = config.model_copy(update={"model": config.model.model_copy(update={"tuning": "full"})})
     elif source:
         weights, lora = read_lora(source)
@@ -245,11 +245,19 @@ def _caption(result: LineResult, metric: str) -> str:
     return f"{metric} {'missing' if value is None else f'{value:.3f}'}"
 
 
+def _finished(folder: Path) -> list[LineResult]:
+    """Every line of an evaluation, in order; ValueError where it is not finished: two halves compare other prompts."""
+    found, wanted = read_results(folder, whole=False), read_identity(folder)["prompts"]["lines"]
+    if len(found) != wanted:
+        raise ValueError(f"{folder}: has {len(found)} of {wanted} lines: run its command again to finish it")
+    return sorted(found, key=lambda result: result.line)  # killed at its very end, it is not in order yet
+
+
 def _compare(args: argparse.Namespace) -> int:
     folders = [Path(name).expanduser() for name in args.compare]
-    results = [read_results(folder) for folder in folders]
+    results, identities = [_finished(folder) for folder in folders], [read_identity(folder) for folder in folders]
     pairs = compare(results[0], results[1], (args.compare[0], args.compare[1]))
-    changed = differences(read_identity(folders[0]), read_identity(folders[1]))
+    changed = differences(identities[0], identities[1])
     target = Path(args.output).expanduser() if args.output else folders[1]
     target.mkdir(parents=True, exist_ok=True)
     found = {

@@ -3,7 +3,7 @@
     DIR/pytorch_lora_weights.safetensors    float32, alpha in its metadata
     DIR/README.md, reward_curve.png         the model card
     DIR/config.yaml                         the experiment
-    DIR/transformer/                        with --merge
+    DIR/transformer/                        with --merge; of model.tuning: full, this and config.yaml are all
 
 What can be known to fail (no checkpoint, no token) fails before anything is written.
 """
@@ -24,7 +24,7 @@ from nft_ray.checkpoint import whole_checkpoints, write_atomically
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
-from nft_ray.export import export_merged, model_card, shareable
+from nft_ray.export import export_merged, export_policy, model_card, shareable
 from nft_ray.models.download import FAILURES
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts import load_prompts
@@ -40,20 +40,23 @@ def export_command(args: argparse.Namespace) -> int:
     run = Path(args.run).expanduser()
     if not (run / "config.yaml").is_file():
         raise ValueError(f"export {args.run}: holds no config.yaml; name the folder of a run, such as runs/quickstart")
-    if load(run / "config.yaml").model.tuning == "full":
-        raise ValueError(
-            f"export {args.run}: it trained all weights and has no LoRA; {run / 'transformer'} is its export"
-        )
-    token = _token(args.push) if args.push else None
     config = load(run / "config.yaml")
+    full = config.model.tuning == "full"
+    if full and args.push:
+        raise ValueError(f"--push {args.push}: {args.run} trained all weights and has no LoRA; only LoRAs are pushed")
+    token = _token(args.push) if args.push else None
     checkpoint = _checkpoint(run, args.checkpoint)
     state = json.loads((checkpoint / "state.json").read_text())
     epoch, versions = state["epoch"], state["packages"]
     target = Path(args.output).expanduser() if args.output else run / f"export-{checkpoint.name}"
-    if (target / TRANSFORMER).exists() and not args.merge:
+    if (target / TRANSFORMER).exists() and not (args.merge or full):
         raise ValueError(f"--output {target}: holds a merged transformer; add --merge, or choose another folder")
     target.mkdir(parents=True, exist_ok=True)
     weights = load_file(checkpoint / "ema.safetensors")
+    if full:
+        write_atomically(target / "config.yaml", dump(shareable(config)))
+        sys.stdout.write(f"{export_policy(weights, config.model, target)}\n{target / 'config.yaml'}\n")
+        return 0
     export_lora(weights, config.model, target)
     merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if args.merge else None
     report.reward_curve([line for line in read_metrics(run) if line["epoch"] <= epoch], target / "reward_curve.png")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import Hold, assign, without_memory
+from nft_ray.models.lora import Hold, assign, skeleton
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -57,23 +57,29 @@ def random_change(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (PROBE_SCALE / np.sqrt(fan_in) * rng.standard_normal(shape)).astype(np.float32)
 
 
-def read_all(checkpoint: str | Path) -> Weights | None:
-    """All weights of the EMA policy in one of our checkpoints, float32; None where it is none of full fine-tuning."""
-    facts = Path(checkpoint) / "state.json"
-    if not facts.is_file() or json.loads(facts.read_text())["config"]["model"].get("tuning") != "full":
+def read_full(source: str | Path) -> Weights | None:
+    """The EMA policy of a checkpoint of a run that trained all weights; None where `source` is anything else."""
+    state = Path(source).expanduser() / "state.json"
+    if not state.is_file():
         return None
-    return load_file(facts.with_name("ema.safetensors"))
+    config = json.loads(state.read_text())["config"]
+    if not config or config["model"].get("tuning") != "full":
+        return None
+    return load_file(state.with_name("ema.safetensors"))
 
 
-def check_all(weights: Weights, config: ModelConfig, name: str) -> None:
-    """ValueError with one line where the weights are not this model's."""
-    transformer = without_memory(config)
-    shapes = {name: tuple(value.shape) for name, value in transformer.named_parameters()} if transformer else {}
-    theirs = {name: value.shape for name, value in weights.items()}
-    if shapes and (strange := sorted(key for key in shapes | theirs if shapes.get(key) != theirs.get(key))):
+def check_weights(weights: Weights, config: ModelConfig, name: str) -> None:
+    """ValueError with one line where all weights of a transformer are not for this model; see lora.check_layers."""
+    transformer = skeleton(config)
+    if transformer is None:
+        return
+    wanted = {key: tuple(value.shape) for key, value in transformer.named_parameters()}
+    found = {key: value.shape for key, value in weights.items()}
+    strange = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+    if strange:
         raise ValueError(
-            f"{name}: {strange[0]} is {theirs.get(strange[0])} there and {shapes.get(strange[0])} in model.path = "
-            f"{config.path}; is it another model's?"
+            f"LoRA {name}: holds all weights of a transformer, and {strange[0]} is {found.get(strange[0])} there and "
+            f"{wanted.get(strange[0])} in model.path = {config.path}; is it another's?"
         )
 
 

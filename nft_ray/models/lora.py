@@ -203,12 +203,23 @@ def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
     return _read(file), file.config
 
 
+def skeleton(config: ModelConfig) -> torch.nn.Module | None:
+    """The transformer without memory, built from its configuration; None where that is not at hand."""
+    folder = folder_of(config)
+    if folder is None:
+        return None
+    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
+    with torch.device("meta"):
+        transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
+    return transformer
+
+
 def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
     """ValueError with one line where a LoRA is not for this model: a layer is not there, or has another size.
 
-    The transformer is built without memory from its configuration; nothing is said where that is not at hand.
+    Nothing is said where the model's configuration is not at hand.
     """
-    transformer = without_memory(config)
+    transformer = skeleton(config)
     if transformer is None:
         return
     found = {layer: module for layer, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -223,17 +234,6 @@ def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
                 f"LoRA {name}: {layer} has {wants} {'inputs' if end == 'A' else 'outputs'} there and {has} in "
                 f"model.path = {config.path}; is it another's?"
             )
-
-
-def without_memory(config: ModelConfig) -> torch.nn.Module | None:
-    """The transformer's layers and shapes, on the meta device; None where its files are not at hand."""
-    folder = folder_of(config)
-    if folder is None:
-        return None
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
-    with torch.device("meta"):
-        transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
-    return transformer
 
 
 def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) -> None:

@@ -1,6 +1,5 @@
 """`nft-ray evaluate` in this process: what counts, what is refused, what is asked for again."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,11 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 import nft_ray.local
-from nft_ray.checkpoint import RunFolder
 from nft_ray.cli.evaluate import announced, resolve
 from nft_ray.cli.main import main, parser
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.learner import LearnerCore
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
@@ -199,6 +195,18 @@ def test_comparing(prompts: str, tmp_path: Path, published: Path, capsys: pytest
     assert "line 0: seed is" in line
 
 
+def test_what_is_not_finished_is_not_compared(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(prompts, tmp_path / "a") == 0
+    file = tmp_path / "a" / "results.jsonl"
+    found = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(found[::-1]))  # killed at its very end: whole, in the order of arrival
+    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    file.write_text(found[4] + found[0] + found[1][:20])
+    capsys.readouterr()
+    line = refused(capsys, main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]))
+    assert "has 2 of 5 lines: run its command again" in line
+
+
 def rewards(*arguments: str, config: Path = QUICKSTART) -> dict[str, Any]:
     args = parser().parse_args(["evaluate", str(config), "--output", "x", *arguments])
     return dict(resolve(args).rewards)
@@ -276,32 +284,6 @@ def test_a_lora_of_another_model_is_refused(
 
 def test_what_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs CONFIG and --output DIR" in refused(capsys, main(["evaluate", str(QUICKSTART)]))
-
-
-def test_a_run_that_trained_all_weights(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = example_config("model.tuning=full")
-    learner, folder = LearnerCore(config), RunFolder(tmp_path / "run")
-    changed = learner.probe()[1]
-    assert changed is not None
-    state = learner.state()
-    assert state is not None
-    folder.claim(config)
-    checkpoint = folder.save(1, dataclasses.replace(state, ema=changed.ema))
-    assert run(prompts, tmp_path / "out", "--lora", str(tmp_path / "run"), "--save-images") == 0
-    assert settings(tmp_path / "out")["lora"].keys() == {"checksum"}
-    core = SamplerCore(config)
-    core.load(announced(changed.ema), changed)
-    items = (RolloutItem(group_id=0, prompt=Prompt(id=0, text=TEXTS[0]), seeds=(evaluation_seed(0, 0),)),)
-    request = RolloutRequest(epoch=0, items=items, adapter="ema", policy_version=0, split="eval")
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(tmp_path / "out" / "images" / "000000.png")), core.rollout(request)[1][0]
-    )
-    weights = load_file(checkpoint / "ema.safetensors")
-    weights.popitem()
-    save_file(weights, checkpoint / "ema.safetensors")
-    line = refused(capsys, run(prompts, tmp_path / "other", "--lora", str(tmp_path / "run")))
-    assert "is None there and (" in line
-    assert line.endswith("is it another model's?")
 
 
 def test_a_run_without_a_checkpoint(prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
