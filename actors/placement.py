@@ -25,8 +25,10 @@ class Need:
 def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...]:
     """Every role of the run, in the order of the data: sampler, learner, then one Serve application per reward.
 
-    An evaluation (`training` false) has no learners. Colocated, a sampler and its learner are one row: one bundle.
+    An evaluation (`training` false) has no learners. Colocated, a sampler and its learner are one row: one bundle,
+    which an evaluation's sampler has to itself.
     """
+    colocated = config.cluster.placement == "colocated"
     workers = [
         Need(
             role=role,
@@ -36,7 +38,7 @@ def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...
             memory_gib=section.memory_gib,
         )
         for role, section in (("sampler", config.sampler), ("learner", config.learner))
-        if training or role != "learner"
+        if training or colocated or role != "learner"
     ]
     rewards = [
         Need(
@@ -48,15 +50,15 @@ def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...
         )
         for name, reward in config.reward_configs.items()
     ]
-    if training and config.cluster.placement == "colocated":
+    if colocated:
         sampler, learner = workers
         workers = [
             Need(
-                role="sampler + learner",
+                role="sampler + learner" if training else "sampler",
                 num_workers=sampler.num_workers,
                 num_cpus=sampler.num_cpus + learner.num_cpus,
                 num_gpus=sampler.num_gpus + learner.num_gpus,
-                memory_gib=sampler.memory_gib + learner.memory_gib,
+                memory_gib=sampler.memory_gib + (learner.memory_gib if training else 0),
             )
         ]
     return (*workers, *rewards)

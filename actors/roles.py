@@ -63,12 +63,19 @@ async def ray_roles(
 async def ray_evaluation_roles(
     config: ExperimentConfig, sampler_core: SamplerFactory = SamplerCore
 ) -> AsyncIterator[EvaluationRoles]:
-    """Samplers and scorers as in `ray_roles`; no learner is placed."""
+    """Samplers and scorers as in `ray_roles`; no learner is placed.
+
+    Colocated, a sampler keeps its learner's share to itself: two halves of two cards could else be of one card.
+    """
     check(config, ray.cluster_resources(), training=False)
-    scorers, samplers = ServeScorers(config), SamplerPool(config, sampler_core)
+    scorers = ServeScorers(config)
+    bundles = reserve(config) if config.cluster.placement == "colocated" else None
+    samplers = SamplerPool(config, sampler_core, bundles)
     try:
         await samplers.start()
         yield EvaluationRoles(samplers=samplers, scorers=scorers)
     finally:
         samplers.close()
+        if bundles is not None:
+            remove_placement_group(bundles)
         await scorers.close()

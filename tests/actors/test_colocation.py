@@ -76,6 +76,17 @@ def test_each_pair_shares_a_card(two_cards: None, tmp_path: Path, num_workers: i
     assert len(set(cards.values())) == num_workers
 
 
+def test_an_evaluations_samplers_have_a_card_each(two_cards: None, tmp_path: Path) -> None:
+    from actors.roles import ray_evaluation_roles
+
+    async def run() -> None:
+        async with ray_evaluation_roles(config_on_cards(tmp_path, 2), CardFileSampler):
+            pass
+
+    asyncio.run(run())
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["0.0", "1.0"]
+
+
 def test_a_sampler_that_dies_is_replaced_and_serves_the_next_phase(two_cards: None, tmp_path: Path) -> None:
     from actors.roles import ray_roles
 

@@ -46,6 +46,12 @@ def test_an_evaluation_needs_no_learners() -> None:
     assert [row.role for row in needs(config, training=False)] == ["sampler", "reward-jpeg_compressibility"]
 
 
+def test_an_evaluations_sampler_keeps_the_share_of_its_learner() -> None:
+    config = fake_config(cluster={"placement": "colocated"}, sampler={"num_gpus": 0.5}, learner={"num_gpus": 0.4})
+    sampler, _ = needs(config, training=False)
+    assert (sampler.role, sampler.num_gpus, sampler.memory_gib) == ("sampler", 0.9, config.sampler.memory_gib)
+
+
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"needs 2 GPUs \(learner 2 x 1\), the cluster has 0: .*num_gpus"):
         check(fake_config(learner={"num_gpus": 1}), {"CPU": 2.0})
