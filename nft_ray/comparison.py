@@ -1,6 +1,6 @@
 """Two evaluations of the same lines with the same noise: what B changed, line by line, against A."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,10 @@ def compare(a: Sequence[LineResult], b: Sequence[LineResult], names: tuple[str, 
         raise ValueError(f"{names[0]} and {names[1]} have no metric in common: {_some(left)}; {_some(right)}")
     pairs: dict[str, Paired] = {}
     for metric in shared:
-        both = np.isfinite(left[metric]) & np.isfinite(right[metric])
+        (before, prompts), (after, _) = left[metric], right[metric]
+        both = np.isfinite(before) & np.isfinite(after)
         if both.any():
-            pairs[metric] = _paired(left[metric][both], right[metric][both], missing=int((~both).sum()))
+            pairs[metric] = _paired(before[both], after[both], prompts[both], missing=int((~both).sum()))
     return pairs
 
 
@@ -63,9 +64,9 @@ def comparison_table(pairs: dict[str, Paired]) -> str:
     return "\n".join(rows)
 
 
-def _paired(a: np.ndarray, b: np.ndarray, *, missing: int) -> Paired:
+def _paired(a: np.ndarray, b: np.ndarray, prompts: np.ndarray, *, missing: int) -> Paired:
     change = b - a
-    low, high = interval(change)
+    low, high = interval(change, prompts)
     return Paired(
         a=float(a.mean()),
         b=float(b.mean()),
@@ -93,5 +94,5 @@ def _check(a: Sequence[LineResult], b: Sequence[LineResult], names: tuple[str, s
                 )
 
 
-def _some(metrics: dict[str, np.ndarray]) -> str:
+def _some(metrics: Iterable[str]) -> str:
     return ", ".join(list(metrics)[:4])

@@ -208,21 +208,23 @@ def line_results(request: RolloutRequest, rewards: Rewards) -> list[LineResult]:
     ]
 
 
-def values_by_metric(results: Sequence[LineResult]) -> dict[str, np.ndarray]:
-    """Metric -> f64 (lines,), NaN where missing; `results` in the order of lines."""
+def values_by_metric(results: Sequence[LineResult]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric -> its lines, in their order: values f64 (N,), NaN where missing; a number of its prompt, i64 (N,)."""
     names = sorted({name for result in results for name in (*result.scores, *result.details)})
-    return by_metric(
-        {name: np.array([_value(result, name) for result in results]) for name in names},
-        [result.tag for result in results],
-    )
+    prompts = np.unique([result.prompt for result in results], return_inverse=True)[1]
+    tags = [result.tag for result in results]
+    values = by_metric({name: np.array([_value(result, name) for result in results]) for name in names}, tags)
+    numbers = by_metric(dict.fromkeys(names, prompts), tags)
+    return {metric: (values[metric], numbers[metric]) for metric in values}
 
 
 def summarise_results(results: Sequence[LineResult]) -> dict[str, dict[str, float | int | None]]:
     """What summary.json holds: metric -> mean, the 95 % interval around it, lines with a score and without."""
     summary: dict[str, dict[str, float | int | None]] = {}
-    for metric, values in values_by_metric(results).items():
-        present = values[np.isfinite(values)]
-        low, high = interval(present) if len(present) else (None, None)
+    for metric, (values, prompts) in values_by_metric(results).items():
+        scored = np.isfinite(values)
+        present = values[scored]
+        low, high = interval(present, prompts[scored]) if len(present) else (None, None)
         mean = float(present.mean()) if len(present) else None
         missing = len(values) - len(present)
         summary[metric] = {"mean": mean, "low": low, "high": high, "count": len(present), "missing": missing}

@@ -34,6 +34,16 @@ def test_pairing_is_narrower_than_two_intervals() -> None:
     assert pair.better == 40
 
 
+def test_lines_of_one_prompt_are_drawn_together() -> None:
+    a = [0.0] * 40
+    b = [float(i // 10 % 2) for i in range(40)]  # four prompts of ten lines: all better, or all as they were
+    same = [
+        [replace(line, prompt=f"prompt {i // 10}") for i, line in enumerate(lines(*s, tags="x" * 40))] for s in (a, b)
+    ]
+    (pair, *_) = compare(*same, NAMES).values()
+    assert (pair.low, pair.high) == (0.0, 1.0)
+
+
 def test_a_line_that_misses_a_score_in_either_is_left_out_and_counted() -> None:
     pairs = compare(lines(0.0, None, 1.0, 0.0), lines(1.0, 1.0, None, 0.0), NAMES)
     assert (pairs["ocr"].count, pairs["ocr"].missing, pairs["ocr"].difference) == (2, 2, 0.5)
