@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from nft_ray.geneval_prompts import TAGS, line, lines, num_prompts, prompt_of
-from nft_ray.rewards.geneval import check_line, evaluate
+from nft_ray.rewards.geneval import Config, check_line, evaluate
 
 KNOWN = [
     ({"tag": "single_object", "include": [{"class": "umbrella", "count": 1}]}, "a photo of an umbrella"),
@@ -49,7 +49,7 @@ def test_every_index_is_another_prompt_that_can_be_scored(tag: str) -> None:
     made = [line(tag, index) for index in (0, total - 1, *indices)]
     assert len({one["prompt"] for one in made}) == len(set(indices) | {0, total - 1})
     for one in made:
-        check_line(one["prompt"], one)
+        check_line(one["prompt"], one, Config(detector="mask2former"))
         assert one["tag"] == tag
         assert "colored" not in one["prompt"]
         assert not any(clause["class"] == "person" and "color" in clause for clause in one["include"])

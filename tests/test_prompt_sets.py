@@ -9,7 +9,7 @@ import pytest
 from nft_ray.geneval_prompts import lines
 from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED, data_root, dataset_files, missing, prompt_file
 from nft_ray.prompts import load_prompts
-from nft_ray.rewards.base import check_lines
+from nft_ray.rewards.base import check_lines, reward_config
 
 
 @pytest.fixture
@@ -26,8 +26,9 @@ class TestSmall:
         assert len({prompt.text for prompt in prompts.lines}) == len(prompts)
 
     def test_its_task_can_score_every_line(self) -> None:
-        for name in ("geneval", "ocr"):
-            check_lines(name, ((line.text, line.metadata) for line in load_prompts(f"small/{name}").lines))
+        for name, section in {"geneval": {"detector": "mask2former"}, "ocr": {}}.items():
+            lines = ((line.text, line.metadata) for line in load_prompts(f"small/{name}").lines)
+            check_lines(name, lines, reward_config(name, section))
 
     def test_geneval_is_what_the_rules_make(self) -> None:
         prompts = load_prompts("small/geneval").lines

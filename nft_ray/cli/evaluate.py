@@ -72,8 +72,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
         check_layers(weights, config.model, args.lora)
         config = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora, "tuning": "lora"})})
     prompts = load_prompts(config.prompts.test)
-    for name in config.rewards:
-        check_lines(name, ((line.text, line.metadata) for line in prompts.lines))
+    for name, reward in config.reward_configs.items():
+        check_lines(name, ((line.text, line.metadata) for line in prompts.lines), reward)
     folder = EvaluationFolder(Path(args.output).expanduser())
     what = identity(config, prompts, lora, checksum(weights) if weights is not None else None)
     with folder.claim(what, about(config, args.lora), overwrite=args.overwrite):
@@ -92,7 +92,11 @@ def resolve(args: argparse.Namespace) -> ExperimentConfig:
         "model.dtype": DTYPES[args.precision] if args.precision else None,
     }
     config = load(args.config, [*args.set, *(f"{key}={value}" for key, value in options.items() if value is not None)])
-    names = args.rewards.split(",") if args.rewards else rewards_of(args.dataset) or tuple(config.rewards)
+    names = (
+        [name.strip() for name in args.rewards.split(",")]
+        if args.rewards
+        else rewards_of(args.dataset) or tuple(config.rewards)
+    )
     sections = {name: config.rewards.get(name) or SECTIONS.get(name) or {} for name in names}
     asked = {name: {**section, "weight": 1.0, "eval_only": False} for name, section in sections.items()}
     for name, section in asked.items():

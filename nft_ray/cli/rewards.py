@@ -187,9 +187,10 @@ def _delete(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     images, prompts, metadata = _read_image(args.image)[None], [args.prompt], [_metadata(args.metadata)]
-    check_lines(args.reward, zip(prompts, metadata, strict=True))
+    section: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(args.set)))
+    config = reward_config(args.reward, section) if args.address is None else None
+    check_lines(args.reward, zip(prompts, metadata, strict=True), config)
     if args.address is None:
-        section: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(args.set)))
         scores = load_reward(args.reward, section).score(images, prompts, metadata)
     else:
         scores = _score_deployed(args, images, prompts, metadata)

@@ -97,8 +97,8 @@ def _checked_prompts(config: ExperimentConfig) -> PromptSets:
     """(train, test); ValueError with one line where they are not there, too few, or not what a reward needs."""
     prompts = (load_prompts(config.prompts.train), load_prompts(config.prompts.test))
     check_prompts(prompts[0], config)
-    for name in config.rewards:
-        check_lines(name, ((line.text, line.metadata) for part in prompts for line in part.lines))
+    for name, reward in config.reward_configs.items():
+        check_lines(name, ((line.text, line.metadata) for part in prompts for line in part.lines), reward)
     return prompts
 
 

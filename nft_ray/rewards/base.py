@@ -8,8 +8,9 @@ A reward is ONE module of this package, `nft_ray/rewards/NAME.py`, that defines
 and, where they apply,
 
     def files(config: Config) -> tuple[PublishedFile, ...]        the published files that it loads
-    def check_line(prompt: str, metadata: Mapping) -> None     ValueError where it cannot score such a prompt: asked
-                                                               of every line of the experiment before anything starts
+    def check_line(prompt: str, metadata: Mapping, config: Config | None) -> None     ValueError where it cannot score
+                                      such a prompt: asked of every line of the experiment before anything starts; None
+                                      where the section is not known, for a reward that is deployed
 
 Nothing registers anywhere: the file's name is the registry. A module is imported when it is named for the first time,
 and imports the libraries of its model inside `build`. This file knows neither Ray nor where a reward runs.
@@ -145,12 +146,12 @@ def reward_files(name: str, config: RewardConfig) -> tuple[PublishedFile, ...]:
     return found
 
 
-def check_lines(name: str, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+def check_lines(name: str, lines: Iterable[tuple[str, Mapping[str, Any]]], config: RewardConfig | None) -> None:
     """ValueError for the first (prompt, metadata) that this reward cannot score, naming the reward and the prompt."""
     module = _module(name)
     for prompt, metadata in lines if hasattr(module, "check_line") else ():
         try:
-            module.check_line(prompt, metadata)
+            module.check_line(prompt, metadata, config)
         except ValueError as error:
             raise ValueError(f"rewards.{name}: prompt {prompt!r}: {error}") from None
 

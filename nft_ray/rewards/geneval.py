@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nft_ray.published import PublishedFile
+from nft_ray.rewards import _vocabulary
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
 from nft_ray.rewards.weights import require, weights_root
 
@@ -246,7 +247,7 @@ class GenEval:
         """See Reward.score. Raises ValueError where metadata is not GenEval's or has no tag."""
         check_batch(images, prompts, metadata)
         for prompt, line in zip(prompts, metadata, strict=True):
-            check_line(prompt, line)
+            check_line(prompt, line, None)
         results = self._judge(images, metadata) if len(images) else []
         details = {
             "soft": np.array([result.score for result in results], dtype=np.float32),
@@ -300,11 +301,32 @@ class _Shapes:
         return [one.detections.colors_of(one.class_name, one.boxes) for one in asked]
 
 
-def check_line(prompt: str, metadata: Mapping[str, Any]) -> None:
-    """ValueError where the metadata of a prompt is not GenEval's, or has no tag."""
+def check_line(prompt: str, metadata: Mapping[str, Any], config: Config | None) -> None:
+    """ValueError where the metadata of a prompt is not GenEval's, has no tag, or asks for what the detector lacks."""
     if "tag" not in metadata:
         raise ValueError("not GenEval metadata: metadata.tag: missing")
-    _parse(metadata)
+    line = _parse(metadata)
+    if config is None:
+        return
+    classes, colors = _known(config.detector)
+    for index, clause in enumerate(line.include):
+        for key, value, known in (("class", clause.name, classes), ("color", clause.color, colors)):
+            if value and value not in known:
+                some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")
+                other = "mask2former" if config.detector == "shapes" else "shapes"
+                raise ValueError(
+                    f"metadata.include.{index}.{key} = {value!r}: detector {config.detector} never finds it, only "
+                    f"{some}; the other detector is {other}"
+                )
+
+
+def _known(detector: str) -> tuple[Sequence[str], Sequence[str]]:
+    """The classes and the colours that a detector tells."""
+    if detector == "mask2former":
+        return _vocabulary.OBJECT_NAMES, _vocabulary.COLORS
+    from nft_ray.shapes.world import COLORS, SHAPES
+
+    return SHAPES, tuple(COLORS)
 
 
 def files(config: Config) -> tuple[PublishedFile, ...]:

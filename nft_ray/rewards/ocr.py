@@ -73,7 +73,7 @@ def build(config: Config) -> Reward:
     return Ocr(_PaddleOcr(num_threads, on_gpu=config.num_gpus > 0))
 
 
-def check_line(prompt: str, metadata: Mapping[str, Any]) -> None:
+def check_line(prompt: str, metadata: Mapping[str, Any], config: Config | None) -> None:
     """ValueError where the prompt has no quoted text; any metadata will do."""
     quoted_text(prompt)
 

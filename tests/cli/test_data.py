@@ -16,7 +16,7 @@ from nft_ray import prompt_sets
 from nft_ray.cli import fetch as fetch_module
 from nft_ray.cli.main import main
 from nft_ray.prompts import load_prompts
-from nft_ray.rewards.geneval import check_line
+from nft_ray.rewards.geneval import Config, check_line
 
 REPO = Path(__file__).parents[2]
 CONTENT = b'a poster that says "ONE"\na poster that says "TWO"\n'
@@ -106,7 +106,7 @@ def test_made_prompts_parse(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     prompts = load_prompts(str(target)).lines
     assert len(prompts) == 30
     for prompt in prompts:
-        check_line(prompt.text, prompt.metadata)
+        check_line(prompt.text, prompt.metadata, Config(detector="mask2former"))
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_a_data_set_has_its_rewards_and_the_experiment_their_sections() -> None:
     elsewhere = QUICKSTART.with_name("rewards.yaml")
     assert rewards("--dataset", "small/geneval", config=elsewhere)["geneval"]["detector"] == "mask2former"
     assert rewards("--dataset", "ocr").keys() == {"ocr"}
-    assert rewards("--dataset", "ocr", "--rewards", "ocr,aesthetic").keys() == {"ocr", "aesthetic"}
+    assert rewards("--dataset", "ocr", "--rewards", "ocr, aesthetic").keys() == {"ocr", "aesthetic"}
     only_measured = ("--set", "rewards.jpeg_compressibility.eval_only=true")
     assert rewards(*only_measured).keys() == {"geneval", "jpeg_compressibility"}
     assert rewards("--dataset", "my/ocr/lines.txt").keys() == {"geneval"}
@@ -235,6 +235,7 @@ def test_a_data_set_has_its_rewards_and_the_experiment_their_sections() -> None:
         (["--dataset", "small/drawbench", "--rewards", ""], "rewards.unified_reward"),
         (["--rewards", "jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
         (["--rewards", "geneval"], "not GenEval metadata"),
+        (["--dataset", "small/geneval", "--rewards", "geneval"], "detector shapes never finds it"),
         (["--dataset", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["--dataset", "shapes/tset"], "did you mean shapes/test"),
         (["--lora", "/nowhere"], "/nowhere: no such file or folder"),

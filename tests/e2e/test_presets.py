@@ -51,12 +51,13 @@ def rewards_here(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def small_prompts(section: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Ours of the same task; of those, a few to test on."""
+    """Ours of the same task, GenEval's in the world that the detector here knows; of those, a few to test on."""
     name = section["train"].partition("/")[0]
-    source = PACKAGED[f"small/{name}"]
+    train = "shapes/train" if name == "geneval" else f"small/{name}"
+    source = PACKAGED[train]
     test = folder / f"{name}{source.suffix}"
     test.write_text("".join(source.read_text().splitlines(keepends=True)[:6]))
-    return section | {"train": f"small/{name}", "test": str(test)}
+    return section | {"train": train, "test": str(test)}
 
 
 def experiment(name: str, tiny: Path, folder: Path) -> Path:

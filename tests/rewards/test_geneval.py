@@ -263,13 +263,29 @@ def test_the_score_may_be_the_strict_one() -> None:
 
 def test_lines_are_checked_before_anything_starts() -> None:
     good = {"tag": "counting", "include": [{"class": "cup", "count": 2}]}
-    check_lines("geneval", [("two cups", good)])
+    config = reward_config("geneval", {"detector": "mask2former"})
+    check_lines("geneval", [("two cups", good)], config)
     with pytest.raises(
         ValueError, match=r"rewards\.geneval: prompt 'a sign': not GenEval metadata: metadata\.tag: miss"
     ):
-        check_lines("geneval", [("two cups", good), ("a sign", {})])
+        check_lines("geneval", [("two cups", good), ("a sign", {})], config)
     with pytest.raises(ValueError, match=r"prompt 'no cup': not GenEval metadata: metadata\.include\.0\.count = 0"):
-        check_lines("geneval", [("no cup", {"tag": "counting", "include": [{"class": "cup", "count": 0}]})])
+        check_lines("geneval", [("no cup", {"tag": "counting", "include": [{"class": "cup", "count": 0}]})], config)
+
+
+@pytest.mark.parametrize(
+    ("detector", "clause", "message"),
+    [
+        ("shapes", {"class": "cup"}, r"include\.0\.class = 'cup': detector shapes never .*circle.*mask2former"),
+        ("shapes", {"class": "cross", "color": "pink"}, r"include\.0\.color = 'pink': detector shapes never.* red, "),
+        ("mask2former", {"class": "circle"}, r"class = 'circle': detector mask2former never .*person, .*, \.\.\.;"),
+    ],
+)
+def test_what_the_detector_never_finds_is_refused(detector: str, clause: dict[str, str], message: str) -> None:
+    line = {"tag": "colors", "include": [{"count": 1, **clause}]}
+    check_lines("geneval", [("p", line)], None)  # deployed: whoever deployed it knows the detector
+    with pytest.raises(ValueError, match=message):
+        check_lines("geneval", [("p", line)], reward_config("geneval", {"detector": detector}))
 
 
 def test_shapes_needs_no_files_mask2former_four() -> None:

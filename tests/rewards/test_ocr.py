@@ -60,7 +60,7 @@ def test_the_first_pair_of_double_quotes_is_wanted(prompt: str, wanted: str) -> 
 )
 def test_a_prompt_without_quoted_text_is_refused_at_load_and_at_score(reward: Reward, prompt: str, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"rewards\.ocr: prompt .*: {reason}"):
-        check_lines("ocr", [('a sign "OPEN"', {}), (prompt, {})])
+        check_lines("ocr", [('a sign "OPEN"', {}), (prompt, {})], None)
     with pytest.raises(ValueError, match=reason):
         reward.score(np.zeros((1, 8, 8, 3), np.uint8), [prompt], [{}])
 
