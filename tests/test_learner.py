@@ -22,7 +22,7 @@ def distance(a: Weights, b: Weights) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(np.concatenate([b[name].ravel() for name in moved])))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_any_number_of_ranks_gives_the_update_of_one(world_size: int, tmp_path: Path) -> None:
     groups, counts = example_groups()
     one, weights = update(LearnerCore(example_config(kl_weight=0.1)), groups, counts)
@@ -97,7 +97,10 @@ def test_a_step_without_any_sample_of_this_rank_is_the_zero_gradient() -> None:
     assert result.metrics["nft/grad_norm"] == 0.0
 
 
-@pytest.mark.parametrize("setting", ["learner.gradient_checkpointing=true", "learner.compile=true"])
+COMPILED = pytest.param("learner.compile=true", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("setting", ["learner.gradient_checkpointing=true", COMPILED])
 def test_less_memory_or_more_speed_is_the_same_update(setting: str) -> None:
     groups, counts = example_groups()
     # 5 pairs divide no step's pairs: the last micro-batch is shorter, and compiled it is filled up

@@ -151,6 +151,7 @@ def test_a_dashboard_that_is_not_there_is_one_line() -> None:
 # Autoscaling
 
 
+@pytest.mark.slow
 def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, port: int) -> None:
     from ray import serve
 

@@ -214,6 +214,7 @@ def test_without_open_clip_one_line_names_the_extra(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
 def test_in_the_environment_with_open_clip() -> None:
     assert "7 passed" in make_env.run_tests("openclip", FILE)
