@@ -76,19 +76,20 @@ def model_card(
     hub_id: str | None = None,
     merged_dtype: str | None = None,
 ) -> str:
-    """README.md of an exported LoRA, with the Hub's header. `figures`: the held-out table, or why there is none."""
+    """README.md of an exported policy, with the Hub's header. `figures`: the held-out table, or why there is none."""
     name, model = config.run.name, config.model
+    full = model.tuning == "full"
     header = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["lora", "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
+        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
     }
     if location(model.path) is None:
         header["base_model"] = model.path
     commit = versions.get("commit")
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {name}: a LoRA for {model.path}",
+        f"# {name}: {'all weights of the transformer of' if full else 'a LoRA for'} {model.path}",
         "Trained online with [DiffusionNFT](https://arxiv.org/abs/2509.16117) by nft_ray "
         f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
         f"the policy after {epoch} epochs.",
@@ -96,9 +97,10 @@ def model_card(
         f"## Rewards\n\n{_rewards(config, epoch)}",
         f"## Held-out figures\n\n```\n{figures}\n```\n\n{_how_evaluated(stage_at(config, epoch).config)}",
         "![training and held-out reward against the epoch](reward_curve.png)",
-        f"## Loading it\n\n```python\n{loading_code(config, hub_id or '.')}\n```\n\n"
-        "The file's metadata holds alpha: loaders that ignore it scale the LoRA wrongly.",
+        f"## Loading it\n\n```python\n{loading_code(config, hub_id or '.')}\n```",
     ]
+    if not full:
+        parts.append("The file's metadata holds alpha: loaders that ignore it scale the LoRA wrongly.")
     if merged_dtype:
         parts.append(
             f"`transformer/` is the whole transformer with the LoRA merged in ({merged_dtype}): "
@@ -145,14 +147,16 @@ def loading_code(config: ExperimentConfig, where: str) -> str:
     if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
         options["max_sequence_length"] = model.max_sequence_length
     call = ", ".join(f"{name}={value:g}" for name, value in options.items())
-    lines = ["import torch", f"from diffusers import {pipeline.__name__}"]
+    full, dtype = model.tuning == "full", f"torch_dtype=torch.{model.dtype}"
+    lines = ["import torch", f"from diffusers import {'AutoModel, ' if full else ''}{pipeline.__name__}"]
     lines += ["from nft_ray.models.download import location"] if model.path == NANO else []
-    lines += [
-        "",
-        f"pipeline = {pipeline.__name__}.from_pretrained({base}, torch_dtype=torch.{model.dtype}{loaded})",
-        f'pipeline.load_lora_weights("{where}")',
-        f'image = pipeline("a photo of a cup", {call}).images[0]',
-    ]
+    lines += [""]
+    if full:
+        lines += [f'transformer = AutoModel.from_pretrained("{where}", subfolder="transformer", {dtype})']
+        loaded = f", transformer=transformer{loaded}"
+    lines += [f"pipeline = {pipeline.__name__}.from_pretrained({base}, {dtype}{loaded})"]
+    lines += [] if full else [f'pipeline.load_lora_weights("{where}")']
+    lines += [f'image = pipeline("a photo of a cup", {call}).images[0]']
     return "\n".join(lines)
 
 
@@ -165,7 +169,9 @@ def _facts(config: ExperimentConfig, epoch: int) -> str:
     rows = {
         "base model": f"{model.path}{f' @ {model.revision}' if model.revision else ''}, {model.dtype}",
         "resolution": f"{model.width} x {model.height} pixels",
-        "LoRA": f"rank {model.lora.rank}, alpha {model.lora.alpha}, float32",
+        "trained": "all weights of the transformer, float32"
+        if model.tuning == "full"
+        else f"a LoRA of rank {model.lora.rank}, alpha {model.lora.alpha}, float32",
         "data": f"prompts {trained}; no images but the policy's own",
         "drawn in training": f"{images} images: {counts}",
         "held out": f"prompts `{parts[-1][2].prompts.test}`",

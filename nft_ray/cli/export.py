@@ -1,9 +1,9 @@
-"""`nft-ray export RUN`: a checkpoint's EMA policy as a LoRA for diffusers, with its card; merged and pushed on request.
+"""`nft-ray export RUN`: a checkpoint's EMA policy for plain diffusers, with its card; merged and pushed on request.
 
-    DIR/pytorch_lora_weights.safetensors    float32, alpha in its metadata
+    DIR/pytorch_lora_weights.safetensors    the LoRA: float32, alpha in its metadata
     DIR/README.md, reward_curve.png         the model card
     DIR/config.yaml                         the experiment
-    DIR/transformer/                        with --merge; of model.tuning: full, this and config.yaml are all
+    DIR/transformer/                        with --merge, beside the LoRA; of model.tuning: full, instead of it
 
 What can be known to fail (no checkpoint, no token) fails before anything is written.
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -24,15 +25,17 @@ from nft_ray.checkpoint import whole_checkpoints, write_atomically
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation import load_evaluation
-from nft_ray.export import export_merged, export_policy, model_card, shareable
+from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.download import FAILURES
+from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts import load_prompts
 from nft_ray.stages import stage_at
 from nft_ray.tracking import read_metrics
 
 TRANSFORMER = "transformer"
-FILES = ("pytorch_lora_weights.safetensors", "README.md", "reward_curve.png", "config.yaml")
+LORA = "pytorch_lora_weights.safetensors"
+BESIDE = ("README.md", "reward_curve.png", "config.yaml")
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -42,8 +45,6 @@ def export_command(args: argparse.Namespace) -> int:
         raise ValueError(f"export {args.run}: holds no config.yaml; name the folder of a run, such as runs/quickstart")
     config = load(run / "config.yaml")
     full = config.model.tuning == "full"
-    if full and args.push:
-        raise ValueError(f"--push {args.push}: {args.run} trained all weights and has no LoRA; only LoRAs are pushed")
     token = _token(args.push) if args.push else None
     checkpoint = _checkpoint(run, args.checkpoint)
     state = json.loads((checkpoint / "state.json").read_text())
@@ -52,13 +53,12 @@ def export_command(args: argparse.Namespace) -> int:
     if (target / TRANSFORMER).exists() and not (args.merge or full):
         raise ValueError(f"--output {target}: holds a merged transformer; add --merge, or choose another folder")
     target.mkdir(parents=True, exist_ok=True)
-    weights = load_file(checkpoint / "ema.safetensors")
-    if full:
-        write_atomically(target / "config.yaml", dump(shareable(config)))
-        sys.stdout.write(f"{export_policy(weights, config.model, target)}\n{target / 'config.yaml'}\n")
-        return 0
-    export_lora(weights, config.model, target)
-    merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if args.merge else None
+    weights, merged_dtype = load_file(checkpoint / "ema.safetensors"), None
+    if full:  # all of it is trained: there is nothing to merge
+        export_transformer(weights, config.model, target / TRANSFORMER)
+    else:
+        export_lora(weights, config.model, target)
+        merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if args.merge else None
     report.reward_curve([line for line in read_metrics(run) if line["epoch"] <= epoch], target / "reward_curve.png")
     write_atomically(target / "config.yaml", dump(shareable(config)))
     card = model_card(
@@ -70,24 +70,26 @@ def export_command(args: argparse.Namespace) -> int:
         merged_dtype=merged_dtype,
     )
     write_atomically(target / "README.md", card)
-    for name in [*FILES, *([TRANSFORMER] if args.merge else [])]:
+    written = [*([] if full else [LORA]), *BESIDE, *([TRANSFORMER] if full or args.merge else [])]
+    for name in written:
         sys.stdout.write(f"{target / name}\n")
     if token:
-        sys.stdout.write(f"{push(target, args.push, token, merged=args.merge)}\n")
+        sys.stdout.write(f"{push(target, args.push, token, written)}\n")
     return 0
 
 
-def push(folder: Path, hub_id: str, token: str, *, merged: bool) -> str:
-    """Upload an export in one commit, to a repository that is made private if it is not there; returns its URL.
+def push(folder: Path, hub_id: str, token: str, written: Sequence[str]) -> str:
+    """Upload these files and folders of an export in one commit, to a repository that is made private if it is not
+    there; returns its URL.
 
     ValueError where the Hub refuses, RuntimeError where it cannot be reached, with one line.
     """
     api = HfApi(token=token)
-    patterns = [*FILES, *([f"{TRANSFORMER}/*"] if merged else [])]
+    patterns = [f"{name}/*" if (folder / name).is_dir() else name for name in written]
     try:
         url = api.create_repo(hub_id, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=hub_id, folder_path=folder, allow_patterns=patterns, commit_message="LoRA exported by nft_ray"
+            repo_id=hub_id, folder_path=folder, allow_patterns=patterns, commit_message="exported by nft_ray"
         )
     except HfHubHTTPError as error:
         status = error.response.status_code

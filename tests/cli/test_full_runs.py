@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from diffusers import SD3Transformer2DModel
 from safetensors.numpy import load_file, save_file
 
 from nft_ray.cli.main import main
+from tests.cli.stand_in_hub import stand_in_hub
 from tests.examples import QUICKSTART, SMALL
 
 
@@ -64,11 +67,33 @@ def test_of_another_model_it_is_refused(full: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "x").exists()
 
 
-def test_any_checkpoint_is_exported(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_checkpoint_is_exported(full: Path, tmp_path: Path) -> None:
     assert main(["export", str(full), "--checkpoint", "1", "--output", str(tmp_path / "out")]) == 0
     transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     wanted = load_file(full / "checkpoints" / "epoch-000001" / "ema.safetensors")
     assert all(np.array_equal(value.detach().numpy(), wanted[name]) for name, value in transformer.named_parameters())
-    capsys.readouterr()
-    assert main(["export", str(full), "--push", "me/it"]) == 1
-    assert "only LoRAs are pushed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    assert "# full: all weights of the transformer of nano-sd3" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_code_on_the_card_draws_the_runs_image(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["export", str(full), "--output", str(tmp_path)]) == 0
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    wanted = load_file(full / "checkpoints" / "epoch-000002" / "ema.safetensors")
+    found = dict(names["pipeline"].transformer.named_parameters())
+    assert all(np.array_equal(found[name].detach().numpy(), value) for name, value in wanted.items())
+    assert names["image"].size == (32, 32)
+
+
+def test_it_is_pushed_with_its_card(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+        assert main(["export", str(full), "--output", str(tmp_path), "--push", "me/it"]) == 0
+    transformer = {f"transformer/{path.name}" for path in (tmp_path / "transformer").iterdir()}
+    assert hub.files.keys() == {"README.md", "reward_curve.png", "config.yaml", *transformer}
+    assert 'AutoModel.from_pretrained("me/it", subfolder="transformer"' in hub.files["README.md"].decode()
+    assert "lora" not in hub.files["README.md"].decode().split("---")[1]
