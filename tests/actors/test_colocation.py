@@ -14,7 +14,7 @@ from nft_ray.phases import AlternatingSamplers
 from tests.conftest import own_ray
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, MortalSamplerCore, fake_config, fake_load_reward, fake_request
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

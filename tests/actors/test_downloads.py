@@ -27,6 +27,7 @@ def sampler(config: ExperimentConfig, environment: dict[str, str]) -> Any:
     return actor.remote(FakeSamplerCore, config, "sampler")
 
 
+@pytest.mark.slow
 def test_the_drivers_token_opens_a_gated_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

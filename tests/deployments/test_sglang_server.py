@@ -432,6 +432,7 @@ def test_gpus_that_the_cluster_lacks(local_ray: None, stand_in: StandIn) -> None
     assert stand_in.starts == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: None, stand_in: StandIn) -> None:
     """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted."""
@@ -457,6 +458,7 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: No
     until(lambda: not stand_in.alive())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: None, stand_in: StandIn) -> None:
     """A job that is killed between the server and the reward leaves a detached actor, which holds GPUs for nobody."""

@@ -89,6 +89,7 @@ def test_a_dry_run_prints_yaml_and_placement_and_starts_nothing(capsys: pytest.C
     assert not runs.exists()
 
 
+@pytest.mark.slow
 def test_local_imports_no_ray() -> None:
     script = (
         "import sys; from nft_ray.cli.main import main;"
