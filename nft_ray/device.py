@@ -7,13 +7,20 @@ Nothing here waits for the device until an array is asked for, so the host draws
 device works on this one: that is all the prefetching there is. On a CPU every copy is a view and every wait is over.
 """
 
+import os
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
+import torch._inductor.config
 
 VARIANTS = 64
 """Graphs kept per block class: its kinds (dual attention, last block) x shapes x with or without gradient."""
+
+COMPILER_HINT = "install it, or --set sampler.compile=false --set learner.compile=false"
 
 
 class Copies:
@@ -55,14 +62,27 @@ def blocks_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     return blocks
 
 
+def check_compiler() -> None:
+    """ValueError where torch.compile would fail in the middle of a run: it needs g++ and Python's headers."""
+    found = [name for name in (os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++") if name and which(name)]
+    if not found:
+        raise ValueError(f"compile = true: this node has no g++; {COMPILER_HINT}")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise ValueError(f"compile = true: this node has no {header} (python3-dev); {COMPILER_HINT}")
+
+
 def compile_blocks(transformer: torch.nn.Module) -> int:
     """Compile every transformer block in place, for fixed shapes; returns how many there are.
 
     Blocks, not the whole: equal blocks share one graph, so it is compiled once and not once per layer. Weights are
     inputs of that graph: copying others into them compiles nothing anew. The first forward of each shape compiles.
-    A block that cannot be one graph raises at its first forward: going on without would hide the loss.
+    A block that cannot be one graph raises at its first forward: going on without would hide the loss. ValueError
+    where this node cannot compile at all.
     """
+    check_compiler()
     blocks = blocks_of(transformer)
+    torch._inductor.config.compile_threads = torch.get_num_threads()  # else 32 processes for each worker of a node
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
         # its forward, not the module: hooks such as FSDP's, which gathers the weights, stay outside of the graph
