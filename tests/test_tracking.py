@@ -305,7 +305,8 @@ def test_names_and_values_beyond_the_limits_of_mlflow_are_taken(
     tracker.log_epoch(1, {"eval/a tag (hard)!": 0.5, "y" * 300: 1.0} | many, ())
     tracker.close(timeout_s=FULL_S)
     run = the_run(client, "odd")
-    assert caplog.text == ""
+    own = [record.getMessage() for record in caplog.records if UNUSABLE.partition("=")[2] not in record.getMessage()]
+    assert own == []  # a tracker of another test, which was not waited for, may still warn of its own store
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/a tag _hard__"] == 0.5
     assert len(run.data.metrics) == 1502
