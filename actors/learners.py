@@ -28,7 +28,7 @@ from actors.bundles import in_bundle
 from actors.downloads import download
 from actors.pool import WORKER_FAILURES, DeadlineError, answer, free_resources, one_line, together, waiting
 from nft_ray.config import ExperimentConfig
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
 from nft_ray.models.base import fetch_model
 from nft_ray.types import Adapters, AdapterWeights, Batch, CleanSamples, LearnerState, TrainGroup, UpdateResult
 

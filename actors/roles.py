@@ -20,10 +20,10 @@ from actors.pool import together
 from actors.samplers import SamplerFactory, SamplerPool
 from actors.scorers import ServeScorers
 from nft_ray.config import ExperimentConfig
-from nft_ray.learner import LearnerCore
-from nft_ray.phases import alternate
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.phases import alternate
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.roles import EvaluationRoles, Roles
-from nft_ray.sampler import SamplerCore
 
 logger = getLogger(__name__)
 

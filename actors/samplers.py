@@ -24,8 +24,9 @@ from actors.bundles import in_bundle
 from actors.downloads import download
 from actors.pool import WorkerPool, answer
 from nft_ray.config import ExperimentConfig
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import fetch_model
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import (
     Adapters,
     AdapterWeights,

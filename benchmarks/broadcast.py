@@ -31,7 +31,7 @@ import ray
 
 from actors.samplers import SamplerPool
 from nft_ray.config import ExperimentConfig
-from nft_ray.models.lora import checksum
+from nft_ray.cores.publish import checksum
 from nft_ray.types import (
     Adapters,
     AdapterWeights,

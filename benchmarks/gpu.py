@@ -38,9 +38,10 @@ from random_sd3 import CLIP_TOKENS, PROMPT, SIZES, Size, save_pipeline, vae
 from torch.utils.flop_counter import FlopCounterMode
 
 from nft_ray.config import ExperimentConfig, load
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import quiet_libraries
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.seeding import image_seed
 from nft_ray.types import AdapterWeights, CleanSamples, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 

@@ -29,10 +29,11 @@ import torch
 
 from nft_ray.algorithms.batch import make_batch
 from nft_ray.config import ExperimentConfig, load
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.local import LocalLearners, LocalSamplers, LocalScorers
 from nft_ray.prompts import epoch_requests, load_prompts
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import Adapters, Batch, CleanSamples, LearnerState, ScoredGroup, TrainGroup
 
 REPO = Path(__file__).parents[1]

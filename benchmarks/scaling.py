@@ -65,7 +65,7 @@ def forget_peak() -> None:
 def measure_learner(num_groups: int) -> dict[str, float]:
     """One update of `num_groups` groups, after a small one that warms up; run in a process of its own."""
     from nft_ray.config import load
-    from nft_ray.learner import LearnerCore
+    from nft_ray.cores.learner import LearnerCore
     from nft_ray.types import TrainGroup
 
     settings = [f"model.height={PIXELS}", f"model.width={PIXELS}", f"sampler.num_times={TIMES}"]

@@ -43,7 +43,7 @@ chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEB
     sh -c 'cd /srv/nft_ray && sh docker/install.sh'
 inside() { chroot "$root" /usr/bin/env -i PATH=/opt/nft_ray/bin:/usr/bin:/bin HOME=/root OMP_NUM_THREADS=1 sh -c "cd /tmp && $1"; }
 inside 'python -c "import nft_ray.trainer, actors.roles, deployments.build"'
-inside 'python -c "import torch; from nft_ray.device import check_compiler; check_compiler(); torch.compile(torch.sin)(torch.ones(8))"'
+inside 'python -c "import torch; from nft_ray.cores.device import check_compiler; check_compiler(); torch.compile(torch.sin)(torch.ones(8))"'
 inside 'nft-ray train /srv/nft_ray/configs/quickstart.yaml --dry-run'
 inside 'nft-ray train /srv/nft_ray/configs/quickstart.yaml --local --set run.num_epochs=1 --set evaluation.num_steps=2 --set sampler.num_steps=4'
 echo "docker/check.sh: the install steps of the image work in a clean root"

@@ -10,13 +10,14 @@ import dataclasses
 import numpy as np
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.learner import LearnerCore
-from nft_ray.phases import alternate
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.phases import alternate
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.unique import Unique
 from nft_ray.roles import EvaluationRoles, Roles
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, UpdateResult
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nft_ray.algorithms.batch import shard
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
 from nft_ray.types import AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 from tests.examples import example_config
 

@@ -23,10 +23,11 @@ from nft_ray.cli.lora_source import find_source
 from nft_ray.cli.train import Interrupted, headline
 from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
+from nft_ray.cores.publish import checksum
 from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
 from nft_ray.models.full import check_weights, read_full
-from nft_ray.models.lora import check_layers, checksum, read_lora
+from nft_ray.models.lora import check_layers, read_lora
 from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.prompts import PromptSet, load_prompts
 from nft_ray.results import (

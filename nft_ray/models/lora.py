@@ -6,9 +6,8 @@ less in 16 bit. What that means for the gradient is measured: docs/decisions/000
 own: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 """
 
-import hashlib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -94,20 +93,6 @@ def assign(parameters: dict[str, torch.nn.Parameter] | dict[str, torch.Tensor], 
         assert tuple(value.shape) == weights[name].shape, f"LoRA {name}: {tuple(value.shape)} != {weights[name].shape}"
         value.copy_(torch.from_numpy(np.array(weights[name])))
     return len(parameters)
-
-
-def checksum(weights: Weights) -> str:
-    """A digest over names, shapes and the exact float32 bytes: SHA-256, which processors have instructions for."""
-    return digest(sorted(weights.items()))
-
-
-def digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
-    """The checksum of tensors that come in the order of their names, one after the other."""
-    digest = hashlib.sha256()
-    for name, value in tensors:
-        digest.update(f"{name}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value, dtype=np.float32).data)
-    return digest.hexdigest()[:32]
 
 
 def random_weights(weights: Weights, seed: int) -> Weights:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.phases import AlternatingSamplers
+from nft_ray.cores.phases import AlternatingSamplers
 from tests.conftest import own_ray
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, MortalSamplerCore, fake_config, fake_load_reward, fake_request
 

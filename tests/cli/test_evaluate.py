@@ -15,11 +15,11 @@ import nft_ray.local
 from nft_ray.cli.evaluate import announced, resolve
 from nft_ray.cli.main import main, parser
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.rewards.base import Scores
-from nft_ray.sampler import SamplerCore
 from nft_ray.seeding import evaluation_seed
 from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.examples import QUICKSTART, SMALL, example_config

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from nft_ray.cli.main import main
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models import conditioning
 from nft_ray.models.base import Conditioning, load_model
 from nft_ray.models.conditioning import Conditioner, TextEncoders, conditioner, identity, lent
-from nft_ray.sampler import SamplerCore
 from tests.examples import QUICKSTART, example_config
 from tests.models.tiny import tiny_model
 

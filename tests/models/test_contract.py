@@ -10,10 +10,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import check_model, families, family, load_model, repeat
 from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config

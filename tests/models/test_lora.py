@@ -8,12 +8,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.cores.publish import checksum
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
 from nft_ray.models.download import location
 from nft_ray.models.lora import (
     assign,
     attach,
-    checksum,
     export_lora,
     merged,
     numpy_weights,
@@ -21,7 +22,6 @@ from nft_ray.models.lora import (
     unmerged,
 )
 from nft_ray.models.sd3 import LORA_TARGETS
-from nft_ray.sampler import SamplerCore
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.examples import example_config

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig, dump, load
-from nft_ray.learner import LearnerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import check_model, load_model
 from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights, read_lora
-from nft_ray.sampler import SamplerCore, verify
 from nft_ray.types import Weights
 from tests.examples import example_config
 

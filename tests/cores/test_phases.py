@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nft_ray.phases import alternate
+from nft_ray.cores.phases import alternate
 
 
 class Side:

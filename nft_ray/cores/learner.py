@@ -19,13 +19,12 @@ import torch.distributed as dist
 from nft_ray.algorithms.nft import nft_loss_per_pair
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
-from nft_ray.device import Copies
+from nft_ray.cores.device import Copies
+from nft_ray.cores.pairs import gather, micro_batches
+from nft_ray.cores.parking import Parking
+from nft_ray.cores.policy import Part, Policy, local
+from nft_ray.cores.publish import OUT_OF_RANGE, digest
 from nft_ray.flow.path import x0_from_velocity
-from nft_ray.models.lora import digest
-from nft_ray.pairs import gather, micro_batches
-from nft_ray.parking import Parking
-from nft_ray.policy import Part, Policy, local
-from nft_ray.sampler import OUT_OF_RANGE
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
 PROBE_VERSION = -1

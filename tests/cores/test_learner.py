@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nft_ray.learner import LearnerCore
-from nft_ray.models.lora import checksum
-from nft_ray.sampler import SamplerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import checksum
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.types import Weights
 from tests.examples import example_config
 from tests.learning import GROUPS, IMAGES, example_groups, on_ranks, update

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nft_ray import device
-from nft_ray.device import check_compiler, compile_blocks
+from nft_ray.cores import device
+from nft_ray.cores.device import check_compiler, compile_blocks
 from nft_ray.models.base import load_model
 from tests.examples import example_config
 

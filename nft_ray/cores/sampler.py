@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
-from nft_ray.device import Copies, compile_blocks
+from nft_ray.cores.device import Copies, compile_blocks
+from nft_ray.cores.parking import Parking, tensors_of
+from nft_ray.cores.publish import OUT_OF_RANGE, checksum, probe_velocity
 from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
-from nft_ray.models.base import Conditioning, FlowModel, load_model, repeat
+from nft_ray.models.base import Conditioning, load_model, repeat
 from nft_ray.models.full import replaced
-from nft_ray.models.lora import Hold, checksum, merged, unmerged
-from nft_ray.parking import Parking, tensors_of
+from nft_ray.models.lora import Hold, merged, unmerged
 from nft_ray.seeding import mix, noise
 from nft_ray.types import (
     Adapter,
@@ -31,11 +32,6 @@ from nft_ray.types import (
     RolloutRequest,
     Weights,
 )
-
-PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-"""Largest |difference| / |velocity| that rounding explains between two processes; measured in tests/test_sampler.py."""
-
-OUT_OF_RANGE = "the model may leave the range of float16; model.dtype = bfloat16 has a wider one"
 
 
 class SamplerCore:
@@ -216,36 +212,3 @@ def hold_of(config: ExperimentConfig) -> Callable[..., Hold]:
     """`merged` or `unmerged`; docs/decisions/0003 measures what each does to the gradient."""
     beside = config.model.dtype == "bfloat16" if config.sampler.lora == "auto" else config.sampler.lora == "unmerged"
     return unmerged if beside else merged
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # its shape is not that of any work
-def probe_velocity(model: FlowModel) -> np.ndarray:
-    """The model's velocity on its fixed probe, f32 (*latent)."""
-    return model.velocity(*model.probe())[0].cpu().numpy()
-
-
-def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
-    """RuntimeError with both values where a worker did not load what was announced.
-
-    Counts and checksums must be equal; the probe velocity may differ by max(floor |v|, 0.1 |v - v_base|): less than
-    what a LoRA that was not loaded would make it differ. Announced from a file, it must differ from the worker's own
-    before.
-    """
-    for what in ("version", "num_tensors", "checksums"):
-        announced, loaded = getattr(adapters, what), getattr(receipt, what)
-        if announced != loaded:
-            raise RuntimeError(f"{receipt.worker}: adapter {what} differs: learner {announced}, sampler {loaded}")
-    if adapters.probe is None or adapters.probe_base is None:
-        if np.array_equal(receipt.probe, receipt.probe_base):
-            raise RuntimeError(f"{receipt.worker}: the LoRA is loaded and the velocity is the base model's: no effect")
-        return
-    norm = np.linalg.norm
-    allowed = max(PROBE_FLOOR[dtype] * norm(adapters.probe), 0.1 * norm(adapters.probe - adapters.probe_base))
-    difference = norm(adapters.probe - receipt.probe)
-    if not difference <= allowed:
-        raise RuntimeError(
-            f"{receipt.worker}: version {adapters.version} gives another velocity: "
-            f"|learner| {norm(adapters.probe):.6g}, |sampler| {norm(receipt.probe):.6g}, "
-            f"|difference| {difference:.3g} > {allowed:.3g}"
-        )

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nft_ray.learner import LearnerCore
-from nft_ray.models.lora import checksum
-from nft_ray.sampler import SamplerCore, verify
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import checksum, verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.types import AdapterWeights, LearnerState, Weights
 from tests.examples import example_config
 from tests.learning import Rank, example_groups, on_ranks, update

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nft_ray.device import Copies
+from nft_ray.cores.device import Copies
 from nft_ray.flow.path import interpolate
 from nft_ray.models.base import Conditioning
 from nft_ray.seeding import noise

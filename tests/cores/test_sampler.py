@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.learner import LearnerCore
-from nft_ray.sampler import PROBE_FLOOR, SamplerCore, verify
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.publish import PROBE_FLOOR, verify
+from nft_ray.cores.sampler import SamplerCore
 from nft_ray.seeding import image_seed
 from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config

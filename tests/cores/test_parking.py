@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nft_ray.learner import LearnerCore
-from nft_ray.models.lora import checksum
-from nft_ray.parking import Parking, tensors_of
-from nft_ray.sampler import SamplerCore
+from nft_ray.cores.learner import LearnerCore
+from nft_ray.cores.parking import Parking, tensors_of
+from nft_ray.cores.publish import checksum
+from nft_ray.cores.sampler import SamplerCore
 from tests.examples import example_config
 from tests.fakes import fake_request
 from tests.learning import example_groups, update
