@@ -35,7 +35,7 @@ from deployments.build import deploy
 from deployments.plane import delete
 from nft_ray.checkpoint import RunFolder
 from nft_ray.config import ExperimentConfig
-from nft_ray.prompts import PromptSet
+from nft_ray.prompts.draw import PromptSet
 from nft_ray.roles import Roles
 from nft_ray.trainer import Trainer
 from nft_ray.types import EvalResult, Prompt

@@ -33,7 +33,7 @@ from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.local import LocalLearners, LocalSamplers, LocalScorers
-from nft_ray.prompts import epoch_requests, load_prompts
+from nft_ray.prompts.draw import epoch_requests, load_prompts
 from nft_ray.types import Adapters, Batch, CleanSamples, LearnerState, ScoredGroup, TrainGroup
 
 REPO = Path(__file__).parents[1]

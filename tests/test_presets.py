@@ -9,7 +9,7 @@ import pytest
 from actors.placement import needs
 from nft_ray.cli.main import main
 from nft_ray.config import ExperimentConfig, load, resolved
-from nft_ray.prompt_sets import PUBLISHED
+from nft_ray.prompts.sets import PUBLISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = ("sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward", "sd3_staged", "flux_pickscore")

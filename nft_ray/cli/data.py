@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nft_ray.geneval_prompts import lines
-from nft_ray.prompt_sets import DATASETS, data_root, dataset_files
+from nft_ray.prompts.geneval import lines
+from nft_ray.prompts.sets import DATASETS, data_root, dataset_files
 
 
 def add_parser(commands: Any) -> None:

@@ -14,7 +14,7 @@ from nft_ray.config import load
 from nft_ray.models.base import check_model, family, quiet_libraries
 from nft_ray.models.conditioning import conditioner
 from nft_ray.models.download import prepare
-from nft_ray.prompts import load_prompts
+from nft_ray.prompts.draw import load_prompts
 
 BATCH = 16
 """Prompts between two looks at the clock; each is encoded alone."""

@@ -28,8 +28,8 @@ from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.models.base import check_model
 from nft_ray.models.full import check_weights, read_full
 from nft_ray.models.lora import check_layers, read_lora
-from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED
-from nft_ray.prompts import PromptSet, load_prompts
+from nft_ray.prompts.draw import PromptSet, load_prompts
+from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.results import (
     COMPARISON,
     SHEET,

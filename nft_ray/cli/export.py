@@ -29,7 +29,7 @@ from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.download import FAILURES
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora
-from nft_ray.prompts import load_prompts
+from nft_ray.prompts.draw import load_prompts
 from nft_ray.stages import stage_at
 from nft_ray.tracking import read_metrics
 

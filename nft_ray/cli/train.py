@@ -19,8 +19,8 @@ from nft_ray.evaluation import load_evaluation
 from nft_ray.export import export_policy
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora
-from nft_ray.prompt_sets import missing
-from nft_ray.prompts import PromptSet, check_prompts, load_prompts
+from nft_ray.prompts.draw import PromptSet, check_prompts, load_prompts
+from nft_ray.prompts.sets import missing
 from nft_ray.rewards.base import TorchRewardConfig, check_lines, reward_files
 from nft_ray.rewards.weights import require, weights_root
 from nft_ray.roles import Roles

@@ -20,7 +20,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from nft_ray.cli.main import main
-from nft_ray.prompt_sets import PACKAGED
+from nft_ray.prompts.sets import PACKAGED
 from tests.models.tiny import TOKENS, tiny_model
 
 REPO = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from nft_ray.prompt_sets import PACKAGED
+from nft_ray.prompts.sets import PACKAGED
 from tests.examples import QUICKSTART, SMALL
 
 REPO = Path(__file__).parents[2]

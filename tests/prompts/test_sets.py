@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.geneval_prompts import lines
-from nft_ray.prompt_sets import DATASETS, PACKAGED, PUBLISHED, data_root, dataset_files, missing, prompt_file
-from nft_ray.prompts import load_prompts
+from nft_ray.prompts.draw import load_prompts
+from nft_ray.prompts.geneval import lines
+from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED, data_root, dataset_files, missing, prompt_file
 from nft_ray.rewards.base import check_lines, reward_config
 
 

@@ -45,12 +45,12 @@ DATASETS = tuple(dict.fromkeys(name.partition("/")[0] for name in PUBLISHED))
 """What `nft-ray data fetch` takes. The bare name means the test lines."""
 _HERE = Path(__file__).parent
 PACKAGED = {
-    "shapes/train": _HERE / "shapes" / "prompts" / "train.jsonl",
-    "shapes/test": _HERE / "shapes" / "prompts" / "test.jsonl",
-    "small/geneval": _HERE / "data" / "small" / "geneval.jsonl",
-    "small/ocr": _HERE / "data" / "small" / "ocr.txt",
-    "small/pickscore": _HERE / "data" / "small" / "pickscore.txt",
-    "small/drawbench": _HERE / "data" / "small" / "drawbench.txt",
+    "shapes/train": _HERE.parent / "shapes" / "prompts" / "train.jsonl",
+    "shapes/test": _HERE.parent / "shapes" / "prompts" / "test.jsonl",
+    "small/geneval": _HERE / "small" / "geneval.jsonl",
+    "small/ocr": _HERE / "small" / "ocr.txt",
+    "small/pickscore": _HERE / "small" / "pickscore.txt",
+    "small/drawbench": _HERE / "small" / "drawbench.txt",
 }
 """Name -> file. `small/...` are ours, for trying things out without a network: too few to learn or to compare from."""
 SUFFIXES = (".jsonl", ".txt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.prompts import PromptSet, check_prompts, epoch_requests, evaluation_requests, load_prompts
+from nft_ray.prompts.draw import PromptSet, check_prompts, epoch_requests, evaluation_requests, load_prompts
 from nft_ray.seeding import evaluation_seed, image_seed
 from nft_ray.types import Prompt
 from tests.examples import example_config

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from nft_ray.geneval_prompts import TAGS, line, lines, num_prompts, prompt_of
+from nft_ray.prompts.geneval import TAGS, line, lines, num_prompts, prompt_of
 from nft_ray.rewards.geneval import Config, check_line, evaluate
 
 KNOWN = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.prompt_sets import prompt_file
+from nft_ray.prompts.sets import prompt_file
 from nft_ray.seeding import evaluation_seed, image_seed, permutation
 from nft_ray.types import Adapter, Prompt, RolloutItem, RolloutRequest
 
