@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.pool import answer, waiting
 from nft_ray.config import ModelConfig
-from nft_ray.models.download import REPORT_S, STALL_S, is_remote, token
+from nft_ray.downloads.pipelines import REPORT_S, STALL_S, is_remote, token
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ async def download(actor: Any, model: ModelConfig, name: str) -> None:
     """Run the worker's `download(token)`, a generator of lines, to its end; nothing to do for a local folder.
 
     A worker speaks at least every REPORT_S seconds; one that is silent for longer than a stalled download may last
-    is DeadlineError. What the Hub refuses is the one-line ValueError of nft_ray/models/download.py.
+    is DeadlineError. What the Hub refuses is the one-line ValueError of nft_ray/downloads/pipelines.py.
     """
     if not is_remote(model):
         return

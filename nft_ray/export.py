@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from nft_ray.config import ClusterConfig, ExperimentConfig, ModelConfig, RunConfig, TrackingConfig, dump
+from nft_ray.downloads.pipelines import NANO, location, prepare
 from nft_ray.models.base import family, load_model
-from nft_ray.models.download import NANO, location, prepare
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora, merged
 from nft_ray.stages import stage_at, stages_of
@@ -149,7 +149,7 @@ def loading_code(config: ExperimentConfig, where: str) -> str:
     call = ", ".join(f"{name}={value:g}" for name, value in options.items())
     full, dtype = model.tuning == "full", f"torch_dtype=torch.{model.dtype}"
     lines = ["import torch", f"from diffusers import {'AutoModel, ' if full else ''}{pipeline.__name__}"]
-    lines += ["from nft_ray.models.download import location"] if model.path == NANO else []
+    lines += ["from nft_ray.downloads.pipelines import location"] if model.path == NANO else []
     lines += [""]
     if full:
         lines += [f'transformer = AutoModel.from_pretrained("{where}", subfolder="transformer", {dtype})']

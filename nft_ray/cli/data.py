@@ -41,7 +41,7 @@ def data(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from nft_ray.cli.fetch import fetch
+    from nft_ray.downloads.fetch import fetch
 
     files, root = dataset_files(args.names), data_root(args.data)
     _say(f"{len(files)} files, about {sum(file.mib for file in files):.1f} MiB, into {root}")

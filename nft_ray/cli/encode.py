@@ -11,9 +11,9 @@ import time
 import torch
 
 from nft_ray.config import load
+from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import check_model, family, quiet_libraries
 from nft_ray.models.conditioning import conditioner
-from nft_ray.models.download import prepare
 from nft_ray.prompts.draw import load_prompts
 
 BATCH = 16

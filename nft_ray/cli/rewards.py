@@ -91,7 +91,7 @@ def rewards(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from nft_ray.cli.fetch import fetch
+    from nft_ray.downloads.fetch import fetch
 
     sections: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(args.set)))
     root = weights_root(args.weights)

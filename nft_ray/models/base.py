@@ -18,11 +18,11 @@ import transformers
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
-from nft_ray.models.download import fetch, folder_of, missing_parts, prepare
+from nft_ray.downloads.pipelines import fetch, folder_of, missing_parts, prepare
 from nft_ray.models.lora_files import find_lora
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
-NOT_FAMILIES = {"base", "conditioning", "download", "full", "lora", "lora_files"}
+NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files"}
 
 
 class FlowModel(Protocol):

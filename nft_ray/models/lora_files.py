@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray.config import LoraConfig
-from nft_ray.models.download import is_hub_id, lora_folder, token
+from nft_ray.downloads.pipelines import is_hub_id, lora_folder, token
 
 DIFFUSERS, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 PREFIXES = ("base_model.model.", "transformer.")

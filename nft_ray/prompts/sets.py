@@ -13,7 +13,7 @@ import difflib
 import os
 from pathlib import Path
 
-from nft_ray.published import PublishedFile
+from nft_ray.downloads.published import PublishedFile
 
 REPOSITORY = "https://raw.githubusercontent.com/NVlabs/DiffusionNFT/24af5554898d85e93efa492f42b5e9cdf4156e9b/dataset"
 

@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import nft_ray.rewards
-from nft_ray.published import PublishedFile
+from nft_ray.downloads.published import PublishedFile
 
 _NOT_REWARDS = {"base", "combine", "preprocessing", "servers", "unique", "weights"}
 

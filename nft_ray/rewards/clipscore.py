@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.published import PublishedFile
+from nft_ray.downloads.published import PublishedFile
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from nft_ray.published import PublishedFile
+from nft_ray.downloads.published import PublishedFile
 from nft_ray.rewards import _vocabulary
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
 from nft_ray.rewards.weights import require, weights_root

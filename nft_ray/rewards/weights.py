@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nft_ray.published import PublishedFile
+from nft_ray.downloads.published import PublishedFile
 
 
 def weights_root(configured: str | None = None) -> Path:

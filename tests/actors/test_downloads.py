@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from actors.downloads import download
 from actors.samplers import SamplerActor
 from nft_ray.config import ExperimentConfig
-from nft_ray.models.download import location
+from nft_ray.downloads.pipelines import location
 from tests.fakes import FakeSamplerCore, fake_config
 from tests.models.stand_in_hub import COMMIT, stand_in_hub
 

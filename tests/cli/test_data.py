@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.cli import fetch as fetch_module
 from nft_ray.cli.main import main
+from nft_ray.downloads import fetch as fetch_module
 from nft_ray.prompts import sets as prompt_sets
 from nft_ray.prompts.draw import load_prompts
 from nft_ray.rewards.geneval import Config, check_line

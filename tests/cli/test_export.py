@@ -19,7 +19,7 @@ from nft_ray.cli.evaluate import announced
 from nft_ray.cli.main import main
 from nft_ray.config import load
 from nft_ray.cores.sampler import SamplerCore
-from nft_ray.models.download import location
+from nft_ray.downloads.pipelines import location
 from nft_ray.seeding import noise
 from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.cli.stand_in_hub import Hub, stand_in_hub

@@ -10,8 +10,8 @@ from diffusers import StableDiffusion3Pipeline
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.cores.publish import checksum
 from nft_ray.cores.sampler import SamplerCore
+from nft_ray.downloads.pipelines import location
 from nft_ray.models.base import load_model
-from nft_ray.models.download import location
 from nft_ray.models.lora import (
     assign,
     attach,

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from nft_ray.cli import fetch as module
-from nft_ray.cli.fetch import PIECE_BYTES, fetch
-from nft_ray.published import PublishedFile
+from nft_ray.downloads import fetch as module
+from nft_ray.downloads.fetch import PIECE_BYTES, fetch
+from nft_ray.downloads.published import PublishedFile
 from tests.conftest import free_port
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -458,8 +458,8 @@ def test_no_hub(hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decl
 def test_hf_endpoint_and_hf_token_of_the_environment(hub: Site, tmp_path: Path) -> None:
     publish(hub, "file", CONTENT, large=True)
     script = (
-        "import sys; from pathlib import Path; from nft_ray.cli.fetch import fetch; "
-        "from nft_ray.published import PublishedFile; "
+        "import sys; from pathlib import Path; from nft_ray.downloads.fetch import fetch; "
+        "from nft_ray.downloads.published import PublishedFile; "
         f"fetch([PublishedFile(path='{REPOSITORY}/file')], Path(sys.argv[1]), print)"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_other"}

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from nft_ray.published import HUB, PublishedFile
+from nft_ray.downloads.published import HUB, PublishedFile
 
 Say = Callable[[str], None]
 

@@ -19,9 +19,9 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from nft_ray.config import ModelConfig
+from nft_ray.downloads.pipelines import folder_of, missing_parts
 from nft_ray.models import download
 from nft_ray.models.base import load_model
-from nft_ray.models.download import folder_of, missing_parts
 from nft_ray.models.lora import read_lora
 from tests.models.stand_in_hub import COMMIT, Hub, stand_in_hub
 from tests.models.tiny import tiny_model
