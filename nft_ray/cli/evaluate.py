@@ -16,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray import report
-from nft_ray.bootstrap import COVERAGE
 from nft_ray.checkpoint import write_atomically
 from nft_ray.cli.console import Screen
 from nft_ray.cli.lora_source import find_source
 from nft_ray.cli.train import Interrupted, headline
-from nft_ray.comparison import compare, comparison_table
 from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.cores.publish import checksum
-from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
-from nft_ray.models.base import check_model
-from nft_ray.models.full import check_weights, read_full
-from nft_ray.models.lora import check_layers, read_lora
-from nft_ray.prompts.draw import PromptSet, load_prompts
-from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
-from nft_ray.results import (
+from nft_ray.evaluation.bootstrap import COVERAGE
+from nft_ray.evaluation.comparison import compare, comparison_table
+from nft_ray.evaluation.evaluator import evaluate, open_requests, pipeline_depth, spaced
+from nft_ray.evaluation.results import (
     COMPARISON,
     SHEET,
     SUMMARY,
@@ -42,6 +37,11 @@ from nft_ray.results import (
     read_results,
     summarise_results,
 )
+from nft_ray.models.base import check_model
+from nft_ray.models.full import check_weights, read_full
+from nft_ray.models.lora import check_layers, read_lora
+from nft_ray.prompts.draw import PromptSet, load_prompts
+from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.rewards.base import check_lines, reward_config
 from nft_ray.roles import EvaluationRoles
 from nft_ray.types import Adapters, AdapterWeights, Weights

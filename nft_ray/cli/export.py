@@ -25,7 +25,7 @@ from nft_ray.checkpoint import whole_checkpoints, write_atomically
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.downloads.pipelines import FAILURES
-from nft_ray.evaluation import load_evaluation
+from nft_ray.evaluation.summary import load_evaluation
 from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora

@@ -15,7 +15,7 @@ from nft_ray import report
 from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
-from nft_ray.evaluation import load_evaluation
+from nft_ray.evaluation.summary import load_evaluation
 from nft_ray.export import export_policy
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.bootstrap import interval
+from nft_ray.evaluation.bootstrap import interval
+from nft_ray.evaluation.results import LineResult, values_by_metric
 from nft_ray.report import table_rows
-from nft_ray.results import LineResult, values_by_metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nft_ray.evaluation import load_evaluation, save_evaluation, summarise
+from nft_ray.evaluation.summary import load_evaluation, save_evaluation, summarise
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.types import Prompt, RolloutItem, RolloutRequest

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.evaluator import evaluate, open_requests, pipeline_depth, spaced
+from nft_ray.evaluation.evaluator import evaluate, open_requests, pipeline_depth, spaced
+from nft_ray.evaluation.results import EvaluationFolder
 from nft_ray.prompts.draw import PromptSet
-from nft_ray.results import EvaluationFolder
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import EvaluationRoles

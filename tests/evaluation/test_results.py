@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nft_ray.results import EvaluationFolder, LineResult, line_results, read_results, summarise_results
+from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results, read_results, summarise_results
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.types import Prompt, RolloutItem, RolloutRequest

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nft_ray import bootstrap
-from nft_ray.bootstrap import interval
+from nft_ray.evaluation import bootstrap
+from nft_ray.evaluation.bootstrap import interval
 
 
 @pytest.mark.parametrize("num", [50, 480, 2212])

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nft_ray.comparison import compare, comparison_table
-from nft_ray.results import LineResult
+from nft_ray.evaluation.comparison import compare, comparison_table
+from nft_ray.evaluation.results import LineResult
 
 NAMES = ("a", "b")
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from nft_ray.config import ExperimentConfig
+from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results
 from nft_ray.prompts.draw import PromptSet, evaluation_requests
-from nft_ray.results import EvaluationFolder, LineResult, line_results
 from nft_ray.roles import EvaluationRoles
 from nft_ray.types import Adapter, RolloutRequest
 
