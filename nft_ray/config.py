@@ -43,7 +43,7 @@ class RunConfig(Section):
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """0: the published algorithm. 1: the rollouts of the next epoch overlap this epoch's update."""
     root: str = "runs"
-    """Folder of all runs; NFT_RAY_RUNS overrides it. Made absolute; see `nft_ray.checkpoint.run_root`."""
+    """Folder of all runs; NFT_RAY_RUNS overrides it. Made absolute; see `nft_ray.runs.checkpoint.run_root`."""
     checkpoint_every: Positive = 10
     """Epochs between checkpoints; the last epoch always makes one."""
     keep_checkpoints: Positive = 2

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from nft_ray.algorithms.batch import check_missing, make_batch
-from nft_ray.checkpoint import RunFolder
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.summary import save_evaluation, summarise
 from nft_ray.prompts.draw import PromptSet, epoch_requests, evaluation_requests
 from nft_ray.roles import Roles, Tracker
+from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.types import Adapter, EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
 
 

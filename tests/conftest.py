@@ -29,6 +29,12 @@ def goldens() -> Path:
     return GOLDENS
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tiny_model` keeps the tiny pipelines, made once per session."""
+    return tmp_path_factory.mktemp("tiny")
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of 2 logical CPUs with its own folder and token, for all tests of a module."""

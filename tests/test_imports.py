@@ -47,7 +47,7 @@ def test_siblings_do_not_import_each_other_or_the_command_line(package: str, sib
 
 
 def test_the_trainer_and_the_local_roles_load_without_ray() -> None:
-    script = "import sys, nft_ray.trainer, nft_ray.local, nft_ray.tracking; assert 'ray' not in sys.modules"
+    script = "import sys, nft_ray.trainer, nft_ray.local, nft_ray.runs.tracking; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nft_ray.checkpoint import RunFolder
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import Roles
+from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
     Adapters,

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nft_ray import report
-from nft_ray.checkpoint import write_atomically
 from nft_ray.cli.console import Screen
 from nft_ray.cli.lora_source import find_source
 from nft_ray.cli.train import Interrupted, headline
@@ -44,6 +42,8 @@ from nft_ray.prompts.draw import PromptSet, load_prompts
 from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.rewards.base import check_lines, reward_config
 from nft_ray.roles import EvaluationRoles
+from nft_ray.runs import report
+from nft_ray.runs.checkpoint import write_atomically
 from nft_ray.types import Adapters, AdapterWeights, Weights
 
 PREFERENCE = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unified_reward")

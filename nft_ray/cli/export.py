@@ -20,18 +20,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.numpy import load_file
 
-from nft_ray import report
-from nft_ray.checkpoint import whole_checkpoints, write_atomically
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.downloads.pipelines import FAILURES
 from nft_ray.evaluation.summary import load_evaluation
-from nft_ray.export import export_merged, model_card, shareable
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts.draw import load_prompts
-from nft_ray.stages import stage_at
-from nft_ray.tracking import read_metrics
+from nft_ray.runs import report
+from nft_ray.runs.checkpoint import whole_checkpoints, write_atomically
+from nft_ray.runs.export import export_merged, model_card, shareable
+from nft_ray.runs.stages import stage_at
+from nft_ray.runs.tracking import read_metrics
 
 TRANSFORMER = "transformer"
 LORA = "pytorch_lora_weights.safetensors"

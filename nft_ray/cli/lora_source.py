@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nft_ray.checkpoint import whole_checkpoints
+from nft_ray.runs.checkpoint import whole_checkpoints
 
 
 def find_source(name: str) -> str | Path:

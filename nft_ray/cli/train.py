@@ -11,12 +11,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 from actors.placement import needs, table
-from nft_ray import report
-from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import load_evaluation
-from nft_ray.export import export_policy
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora
 from nft_ray.prompts.draw import PromptSet, check_prompts, load_prompts
@@ -24,8 +21,11 @@ from nft_ray.prompts.sets import missing
 from nft_ray.rewards.base import TorchRewardConfig, check_lines, reward_files
 from nft_ray.rewards.weights import require, weights_root
 from nft_ray.roles import Roles
-from nft_ray.stages import Stage, stages_of
-from nft_ray.tracking import RunTracker, read_metrics, ui_command
+from nft_ray.runs import report
+from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
+from nft_ray.runs.export import export_policy
+from nft_ray.runs.stages import Stage, stages_of
+from nft_ray.runs.tracking import RunTracker, read_metrics, ui_command
 from nft_ray.trainer import Trainer
 
 PromptSets = tuple[PromptSet, PromptSet]

@@ -1,6 +1,6 @@
 """One file that somebody publishes: where it lies here, where it comes from, and what its content must be.
 
-Weights of rewards and prompt sets are such files; `nft_ray.downloads.fetch` brings them. Nothing is downloaded by a run.
+Weights of rewards and prompt sets are such files; `fetch.py` brings them. Nothing is downloaded by a run.
 """
 
 from dataclasses import dataclass

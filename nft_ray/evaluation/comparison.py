@@ -8,7 +8,7 @@ import numpy as np
 
 from nft_ray.evaluation.bootstrap import interval
 from nft_ray.evaluation.results import LineResult, values_by_metric
-from nft_ray.report import table_rows
+from nft_ray.runs.report import table_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

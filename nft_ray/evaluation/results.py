@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nft_ray.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
 from nft_ray.config import ExperimentConfig, LoraConfig, differences
 from nft_ray.evaluation.bootstrap import interval
 from nft_ray.evaluation.summary import by_metric, tag_of
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.base import RewardConfig
+from nft_ray.runs.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
 from nft_ray.types import Rewards, RolloutRequest
 
 IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nft_ray import tracking
 from nft_ray.config import ExperimentConfig
-from nft_ray.tracking import RunTracker, flattened, ui_command
+from nft_ray.runs import tracking
+from nft_ray.runs.tracking import RunTracker, flattened, ui_command
 from nft_ray.types import EvalResult
 from tests.examples import example_config
 
@@ -176,7 +176,7 @@ class TestFailingMlflow:
 
 
 def test_importing_the_module_imports_no_mlflow() -> None:
-    code = "import sys, nft_ray.tracking; sys.exit('mlflow' in sys.modules or 'matplotlib' in sys.modules)"
+    code = "import sys, nft_ray.runs.tracking; sys.exit('mlflow' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,7 +19,7 @@ from nft_ray.downloads.pipelines import NANO, location, prepare
 from nft_ray.models.base import family, load_model
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora, merged
-from nft_ray.stages import stage_at, stages_of
+from nft_ray.runs.stages import stage_at, stages_of
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from nft_ray import report
+from nft_ray.runs import report
 from nft_ray.shapes.grammar import TAGS, all_prompts
 from nft_ray.shapes.world import render, sample_scene
 from nft_ray.types import EvalResult

@@ -189,7 +189,7 @@ def package_versions() -> dict[str, str]:
 @cache
 def source_commit() -> str | None:
     """The commit that nft_ray is at, with `-dirty` for uncommitted changes; None where it was installed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # a .git further up belongs to something else
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

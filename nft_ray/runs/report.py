@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nft_ray.checkpoint import package_versions
 from nft_ray.config import ExperimentConfig
+from nft_ray.runs.checkpoint import package_versions
 from nft_ray.types import EvalResult
 
 SHOWN_PX = 160

@@ -13,8 +13,8 @@ import yaml
 from safetensors import SafetensorError
 
 from nft_ray import checkpoint as module
-from nft_ray.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.config import resolved
+from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.types import AdapterWeights, LearnerState, Weights
 from tests.examples import example_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nft_ray.config import ExperimentConfig, parse
-from nft_ray.stages import stage_at, stages_of
+from nft_ray.runs.stages import stage_at, stages_of
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nft_ray.checkpoint import write_atomically
 from nft_ray.config import ExperimentConfig, dump, resolved
-from nft_ray.report import contact_sheet
 from nft_ray.roles import Tracker
+from nft_ray.runs.checkpoint import write_atomically
+from nft_ray.runs.report import contact_sheet
 from nft_ray.types import EvalResult
 
 CLOSE_S = 30.0

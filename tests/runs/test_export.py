@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from nft_ray.config import ModelConfig
 from nft_ray.downloads.pipelines import location
-from nft_ray.export import export_merged, loading_code, model_card, stored_dtype
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import attach, numpy_weights, random_weights
 from nft_ray.models.sd3 import LORA_TARGETS
+from nft_ray.runs.export import export_merged, loading_code, model_card, stored_dtype
 from tests.examples import example_config
 
 
