@@ -19,8 +19,8 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from nft_ray.config import ModelConfig
+from nft_ray.downloads import pipelines as download
 from nft_ray.downloads.pipelines import folder_of, missing_parts
-from nft_ray.models import download
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import read_lora
 from tests.models.stand_in_hub import COMMIT, Hub, stand_in_hub
@@ -31,7 +31,7 @@ TOKEN = "hf_" + "s3cret" * 5
 CLIENT = """
 import logging, sys
 from nft_ray.config import ModelConfig
-from nft_ray.models import download
+from nft_ray.downloads import pipelines as download
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 logging.getLogger("httpx2").setLevel(logging.WARNING)
 download.REPORT_S = 0.1

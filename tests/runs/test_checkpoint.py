@@ -12,8 +12,8 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
-from nft_ray import checkpoint as module
 from nft_ray.config import resolved
+from nft_ray.runs import checkpoint as module
 from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.types import AdapterWeights, LearnerState, Weights
 from tests.examples import example_config

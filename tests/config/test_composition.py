@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nft_ray.composition import stage_data
 from nft_ray.config import ExperimentConfig, dump, load, parse, resolved
+from nft_ray.config.composition import stage_data
 
 PROFILES = """
 run: {name: a, seed: 1}

@@ -11,7 +11,7 @@ from nft_ray.cli.main import main
 from nft_ray.config import ExperimentConfig, load, resolved
 from nft_ray.prompts.sets import PUBLISHED
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = ("sd3_geneval", "sd3_ocr", "sd3_pickscore", "sd3_hpsv2", "sd3_multi_reward", "sd3_staged", "flux_pickscore")
 PROFILES = {"one_gpu": 1, "eight_gpus": 8, "thirty_two_gpus": 32}
 PUBLISHED_VALUES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from nft_ray.algorithms.schedules import CustomDecay
 from nft_ray.config import ExperimentConfig, differences, dump, load, parse, resolved
 from tests.examples import QUICKSTART, example_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

@@ -1,0 +1,45 @@
+"""The experiment: one YAML, checked completely before any process or GPU starts.
+
+Lives here: the sections and their defaults, profiles and stages, loading and dumping, what a user is told of a mistake.
+Does not: what a reward's or an algorithm's own section may say (rewards/, algorithms/), anything that needs a file.
+"""
+
+from nft_ray.config.experiment import ExperimentConfig
+from nft_ray.config.loading import differences, dump, load, parse, resolved
+from nft_ray.config.sections import (
+    AlgorithmConfig,
+    ClusterConfig,
+    EvaluationConfig,
+    HttpConfig,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptsConfig,
+    RunConfig,
+    SamplerConfig,
+    ScorersConfig,
+    StageConfig,
+    TrackingConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "ClusterConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "HttpConfig",
+    "LearnerConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PromptsConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "ScorersConfig",
+    "StageConfig",
+    "TrackingConfig",
+    "differences",
+    "dump",
+    "load",
+    "parse",
+    "resolved",
+]
