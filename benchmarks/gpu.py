@@ -184,7 +184,7 @@ def random_samples(config: ExperimentConfig, size: Size, core: LearnerCore, grou
 def train_group(group: int, count: int) -> TrainGroup:
     """Optimalities of advantages that are standard normal, clipped at 5; all in the first optimizer step."""
     r = np.random.default_rng(group).standard_normal(count).clip(-5, 5) / 10 + 0.5
-    return TrainGroup(group_id=group, samples=None, optimality=r.astype(np.float32), step=np.zeros(count, np.int32))
+    return TrainGroup(group_id=group, samples=None, weight=r.astype(np.float32), step=np.zeros(count, np.int32))
 
 
 def update(core: LearnerCore, samples: Sequence[CleanSamples]) -> None:

@@ -76,7 +76,7 @@ def measure_learner(num_groups: int) -> dict[str, float]:
         samples = [clean_samples(learner.model.latent_shape, learner.model, seed=index) for index in range(count)]
         optimality = np.linspace(0, 1, IMAGES, dtype=np.float32)
         groups = [
-            TrainGroup(group_id=i, samples=None, optimality=optimality, step=np.zeros(IMAGES, dtype=np.int32))
+            TrainGroup(group_id=i, samples=None, weight=optimality, step=np.zeros(IMAGES, dtype=np.int32))
             for i in range(count)
         ]
         learner.update(epoch, groups, samples, (count * IMAGES,))

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nft_ray.algorithms.base import build_algorithm
 from nft_ray.algorithms.batch import check_missing, make_batch
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.summary import save_evaluation, summarise
 from nft_ray.prompts.draw import PromptSet, epoch_requests, evaluation_requests
 from nft_ray.roles import Roles, Tracker
 from nft_ray.runs.checkpoint import RunFolder
-from nft_ray.types import Adapter, EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
+from nft_ray.types import Adapter, Batch, EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
 
 
 class Trainer:
@@ -41,6 +42,7 @@ class Trainer:
         first_epoch: int = 0,
     ) -> None:
         self.cfg, self.first_epoch = config, first_epoch
+        self.algorithm = build_algorithm(config.algorithm)
         self.samplers, self.scorers, self.learners = roles.samplers, roles.scorers, roles.learners
         self.folder, self.tracker = folder, tracker
         self.train, self.test = train, test
@@ -58,7 +60,7 @@ class Trainer:
                     next_epoch += 1
                 groups = await rollouts.popleft()  # oldest first; the others keep sampling
                 collected = time.perf_counter()
-                batch = make_batch(groups, self.cfg, num_shards=self.learners.size)
+                batch = self.make_batch(groups)
                 update = await self.learners.update(batch)
                 await self.samplers.load(update.adapters)  # by reference, acknowledged by checksum
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
@@ -123,7 +125,8 @@ class Trainer:
                 rows = zip(lines, await self.samplers.images(rollout), strict=True)
                 images |= {line: image for line, image in rows if line in self.cfg.evaluation.picture_lines}
         rewards = [rewards for _, rewards in pairs]
-        check_missing(rewards, self.cfg, f"evaluation after {epoch} epochs")
+        limit = self.cfg.scorers.max_missing_fraction
+        check_missing(rewards, self.cfg.trained_weights, limit, f"evaluation after {epoch} epochs")
         result = summarise(requests, rewards, images, seconds=time.perf_counter() - started)
         save_evaluation(self.folder.results, epoch, result)
         self.tracker.log_evaluation(epoch, result)
@@ -132,6 +135,19 @@ class Trainer:
     async def maybe_evaluate(self, epoch: int) -> None:
         if epoch % self.cfg.evaluation.every == 0 or epoch == self.cfg.run.num_epochs:
             await self.evaluate(epoch)
+
+    def make_batch(self, groups: Sequence[ScoredGroup]) -> Batch:
+        """The update of one epoch: what each sample weighs, in which optimizer step, on which learner."""
+        return make_batch(
+            groups,
+            self.algorithm,
+            weights=self.cfg.trained_weights,
+            combine=self.cfg.scorers.combine,
+            max_missing_fraction=self.cfg.scorers.max_missing_fraction,
+            num_steps=self.cfg.learner.optimizer_steps,
+            run_seed=self.cfg.run.seed,
+            num_shards=self.learners.size,
+        )
 
     async def maybe_save(self, epoch: int) -> None:
         if epoch % self.cfg.run.checkpoint_every == 0 or epoch == self.cfg.run.num_epochs:

@@ -72,14 +72,14 @@ class CleanSamples:
     """What the learner needs of one group; made by the sampler while the frozen weights are loaded.
 
     x0 f32 (G, *latent); t f32 (G, T) in [0, 1]; noise_seeds i64 (G, T); v_old f16 or f32 (G, T, *latent);
-    v_ref like v_old, or None where the KL weight is 0; conditioning: name -> (1, ...) arrays, once per group.
-    ref_times i64 (G, K): which of its T times each v_ref (G, K, *latent) is of; None = of all.
+    v_ref like v_old; None for a velocity that the algorithm does not need; conditioning: name -> (1, ...) arrays, once
+    per group. ref_times i64 (G, K): which of its T times each v_ref (G, K, *latent) is of; None = of all.
     """
 
     x0: np.ndarray
     t: np.ndarray
     noise_seeds: np.ndarray
-    v_old: np.ndarray
+    v_old: np.ndarray | None
     v_ref: np.ndarray | None
     conditioning: dict[str, np.ndarray]
     ref_times: np.ndarray | None = None
@@ -125,11 +125,13 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainGroup:
-    """One group as a learner gets it: `step` (G,) i32 is the optimizer step of each sample, -1 = dropped."""
+    """One group as a learner gets it. weight f32 (G,): what the algorithm made of each sample's rewards; step i32 (G,):
+    the optimizer step of each sample, -1 = dropped.
+    """
 
     group_id: int
     samples: Any
-    optimality: np.ndarray
+    weight: np.ndarray
     step: np.ndarray
 
 

@@ -133,7 +133,7 @@ class FakeSamplerCore:
 
 
 class FakeLearnerCore:
-    """The "policy" is four numbers; an update adds the optimality of the kept samples, summed over ranks."""
+    """The "policy" is four numbers; an update adds the weight of the kept samples, summed over ranks."""
 
     def __init__(self, config: "ExperimentConfig", rank: int = 0, world_size: int = 1) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -179,7 +179,7 @@ class FakeLearnerCore:
         assert not self.parked
         assert all(group.samples is None for group in groups) or self.world_size == 1
         assert all(len(part.x0) == len(group.step) for group, part in zip(groups, samples, strict=True))
-        kept = sum(float(group.optimality[group.step >= 0].sum()) for group in groups)
+        kept = sum(float(group.weight[group.step >= 0].sum()) for group in groups)
         total = np.float32(self._sum_over_ranks(kept) / sum(samples_per_step))
         old = {"lora": self.versions[self.version].old["lora"] + total}
         self.version += 1

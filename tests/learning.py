@@ -34,7 +34,7 @@ def example_groups(seed: int = 0, epoch_steps: int = 2) -> Groups:
         )
         step = rng.integers(-1, epoch_steps, IMAGES).astype(np.int32)
         r = rng.random(IMAGES).astype(np.float32)
-        groups.append(TrainGroup(group_id=g, samples=samples, optimality=r, step=step))
+        groups.append(TrainGroup(group_id=g, samples=samples, weight=r, step=step))
     steps = np.concatenate([group.step for group in groups])
     return groups, tuple(int((steps == s).sum()) for s in range(epoch_steps))
 

@@ -126,7 +126,7 @@ def make_batch(drawn: list[Rollout], num_shards: int, epoch: int = 0) -> Batch:
         TrainGroup(
             group_id=i,
             samples=rollout.samples,
-            optimality=np.full(3, 0.25 * (i + 1), dtype=np.float32),
+            weight=np.full(3, 0.25 * (i + 1), dtype=np.float32),
             step=np.array([0, 1, -1], dtype=np.int32),
         )
         for i, rollout in enumerate(drawn)
@@ -224,7 +224,7 @@ def test_an_update_gives_adapters_that_samplers_can_load(run: Run) -> None:
 
     states = run(epochs())
     assert [state.version for state in states] == [1, 2]
-    step = np.float32((0.25 + 0.5 + 0.75) * 2 / 6)  # the kept samples' optimality, summed over ranks, per sample
+    step = np.float32((0.25 + 0.5 + 0.75) * 2 / 6)  # the kept samples' weight, summed over ranks, per sample
     np.testing.assert_array_equal(states[1].policy["lora"], np.full(4, 2 * step))
 
 

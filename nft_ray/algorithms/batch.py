@@ -1,64 +1,67 @@
-"""From scored groups to one epoch's update: advantages, optimalities, optimizer steps and shards. Scalars only, no Ray.
+"""From scored groups to one epoch's update: sample weights, optimizer steps and shards. Scalars only, no Ray.
 
 Which optimizer step a sample belongs to is a function of (run seed, epoch) and the samples that count, with groups in
 the order of their ids: never of arrival or of the number of learners. A sample that misses a trained reward is dropped
-here, not multiplied by 0; what is left of its group is normalised without it.
+here, not multiplied by 0; what is left of its group is normalised without it. What a reward is worth is the
+algorithm's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
-import torch
 
-from nft_ray.algorithms.advantages import combine_advantages
-from nft_ray.algorithms.nft import optimality
-from nft_ray.config import ExperimentConfig
+from nft_ray.algorithms.base import Algorithm, EpochRewards
 from nft_ray.seeding import permutation
 from nft_ray.types import Batch, Rewards, ScoredGroup, TrainGroup
 
 DROPPED = -1
 
 
-def make_batch(groups: Sequence[ScoredGroup], config: ExperimentConfig, *, num_shards: int) -> Batch:
-    """The update of one epoch. RuntimeError where more than `scorers.max_missing_fraction` of the samples miss."""
+def make_batch(
+    groups: Sequence[ScoredGroup],
+    algorithm: Algorithm,
+    *,
+    weights: Mapping[str, float],
+    combine: Literal["sum", "normalized"],
+    max_missing_fraction: float,
+    num_steps: int,
+    run_seed: int,
+    num_shards: int,
+) -> Batch:
+    """The update of one epoch. `weights`: reward name -> weight, of those that train; `num_steps`: optimizer steps.
+
+    RuntimeError where more than `max_missing_fraction` of the samples miss a trained reward.
+    """
     groups = sorted(groups, key=lambda group: group.request.items[0].group_id)
     sizes = [group.request.num_images for group in groups]
     ids = np.repeat([group.request.items[0].group_id for group in groups], sizes)
-    epoch, weights = groups[0].request.epoch, config.trained_weights
+    epoch = groups[0].request.epoch
     raw = {name: np.concatenate([group.rewards.raw[name] for group in groups]) for name in weights}
-    advantages = combine_advantages(
-        raw, weights, ids, combine=config.scorers.combine, std=config.algorithm.advantage_std
-    )
-    valid = np.isfinite(advantages)
-    check_missing([group.rewards for group in groups], config, f"epoch {epoch}")
-    r = optimality(
-        torch.from_numpy(np.where(valid, advantages, 0.0)),
-        clip=config.algorithm.advantage_clip,
-        mode=config.algorithm.advantage_mode,
-    ).numpy()
-    step = optimizer_steps(valid, config.learner.optimizer_steps, config.run.seed, epoch)
+    check_missing([group.rewards for group in groups], weights, max_missing_fraction, f"epoch {epoch}")
+    found = algorithm.sample_weights(EpochRewards(raw=raw, weights=weights, group_ids=ids, combine=combine))
+    valid = np.isfinite(found.values)
+    step = optimizer_steps(valid, num_steps, run_seed, epoch)
     cuts = np.cumsum(sizes)[:-1]
-    parts = zip(groups, np.split(r.astype(np.float32), cuts), np.split(step, cuts), strict=True)
+    parts = zip(groups, np.split(np.where(valid, found.values, 0), cuts), np.split(step, cuts), strict=True)
     train = [
-        TrainGroup(group_id=group.request.items[0].group_id, samples=group.samples, optimality=r_part, step=step_part)
-        for group, r_part, step_part in parts
+        TrainGroup(group_id=group.request.items[0].group_id, samples=group.samples, weight=weight, step=of_group)
+        for group, weight, of_group in parts
     ]
     return Batch(
         epoch=epoch,
         shards=shard(train, num_shards),
         samples_per_step=tuple(int((step == s).sum()) for s in range(step.max() + 1)),
-        metrics=_metrics(groups, advantages, valid, r, ids),
+        metrics=_reward_metrics(groups, valid, ids)
+        | {f"{algorithm.name}/{name}": value for name, value in found.metrics.items()},
     )
 
 
-def check_missing(rewards: Sequence[Rewards], config: ExperimentConfig, what: str) -> None:
+def check_missing(rewards: Sequence[Rewards], trained: Collection[str], limit: float, what: str) -> None:
     """RuntimeError naming the rewards behind it, where more samples miss a trained reward than the limit allows."""
-    limit = config.scorers.max_missing_fraction
     fraction = np.isnan(np.concatenate([scores.total for scores in rewards])).mean()
     if fraction > limit or fraction == 1:
-        missing = {
-            name: np.concatenate([scores.missing[name] for scores in rewards]) for name in config.trained_weights
-        }
+        missing = {name: np.concatenate([scores.missing[name] for scores in rewards]) for name in trained}
         by_name = ", ".join(f"{name} {values.mean():.0%}" for name, values in missing.items())
         raise RuntimeError(
             f"{what}: {fraction:.0%} of the samples miss a reward ({by_name}); "
@@ -87,9 +90,7 @@ def shard(groups: Sequence[TrainGroup], num_shards: int) -> tuple[tuple[TrainGro
     return tuple(tuple(part) for part in shards)
 
 
-def _metrics(
-    groups: Sequence[ScoredGroup], advantages: np.ndarray, valid: np.ndarray, r: np.ndarray, ids: np.ndarray
-) -> dict[str, float]:
+def _reward_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, ids: np.ndarray) -> dict[str, float]:
     metrics = {"reward/missing": float(1 - valid.mean()), "reward/total": float("nan")}
     values = {"total": np.concatenate([group.rewards.total for group in groups])}
     for name in sorted({name for group in groups for name in (*group.rewards.raw, *group.rewards.details)}):
@@ -99,6 +100,4 @@ def _metrics(
             metrics[f"reward/{name}"] = float(np.nanmean(value))
     flat = [np.nanstd(values["total"][(ids == i) & valid]) == 0 for i in np.unique(ids[valid])]
     metrics["reward/groups_without_signal"] = float(np.mean(flat))
-    metrics["nft/advantage_abs"] = float(np.abs(advantages[valid]).mean())
-    metrics["nft/optimality_mean"] = float(r[valid].mean())
     return metrics

@@ -5,19 +5,85 @@ The paper (arXiv 2509.16117) trains two implicit policies, mirrored at the old p
     v+ = beta v + (1 - beta) v_old        v- = (1 + beta) v_old - beta v
 
 to restore the same clean image x0 from x_t: v+ as much as the image is good (r), v- as much as it is not (1 - r).
-A good image thus draws v to it; a bad one draws v- to it, hence v away. This file is that formula and how an
-advantage becomes r. It knows no model, no sampler and no optimizer.
+A good image thus draws v to it; a bad one draws v- to it, hence v away. This file is that formula, how an advantage
+becomes r, and its section of the YAML. It knows no model, no sampler and no optimizer.
 """
 
+from __future__ import annotations
+
 import difflib
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
-import torch
+import numpy as np
+from pydantic import Field
 
+from nft_ray.algorithms.advantages import combine_advantages
+from nft_ray.algorithms.base import Algorithm, AlgorithmConfig, EpochRewards, Needs, PairLoss, Pairs, SampleWeights
 from nft_ray.flow.path import x0_from_velocity
 
+if TYPE_CHECKING:
+    import torch
+
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+
+class Config(AlgorithmConfig):
+    name: Literal["nft"] = "nft"
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """Strength of the implicit positive and negative policies."""
+    advantage_mode: Mode = "all"
+    """How a clipped advantage is shaped before it becomes an optimality: see `optimality`."""
+
+
+class NFT:
+    """The paper's policy loss and KL term; an advantage weighs a sample as its optimality r in [0, 1]."""
+
+    name = "nft"
+    measures: tuple[str, ...] = ("policy_loss", "kl")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(old=True, reference=self._config.kl_fraction if self._config.kl_weight else 0.0)
+
+    def sample_weights(self, rewards: EpochRewards) -> SampleWeights:
+        import torch
+
+        config = self._config
+        advantages = combine_advantages(
+            rewards.raw, rewards.weights, rewards.group_ids, combine=rewards.combine, std=config.advantage_std
+        )
+        r = optimality(torch.from_numpy(advantages), clip=config.advantage_clip, mode=config.advantage_mode).numpy()
+        metrics = {
+            "advantage_abs": float(np.nanmean(np.abs(advantages))),
+            "optimality_mean": float(np.nanmean(r)),
+        }
+        return SampleWeights(r.astype(np.float32), metrics)
+
+    def loss(self, v: torch.Tensor, pairs: Pairs) -> PairLoss:
+        assert pairs.v_old is not None, "v_old is among the needs"
+        policy, kl = nft_loss_per_pair(
+            v,
+            pairs.v_old,
+            pairs.x0,
+            pairs.x_t,
+            pairs.t,
+            pairs.sample_weight,
+            beta=self._config.beta,
+            scale=self._config.advantage_clip,
+            v_ref=pairs.v_ref,
+        )
+        kl = kl * pairs.ref_scale
+        return PairLoss(policy + self._config.kl_weight * kl, (policy, kl))
+
+
+def build(config: Config) -> Algorithm:
+    """The algorithm of a checked section."""
+    return NFT(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +165,7 @@ def nft_loss_per_pair(
     loss_plus = _normalised_error(x0_from_velocity(x_t, v_plus, t), x0)
     loss_minus = _normalised_error(x0_from_velocity(x_t, v_minus, t), x0)
     policy = scale * (r * loss_plus / beta + (1 - r) * loss_minus / beta)
-    kl = torch.zeros_like(policy) if v_ref is None else (v - _lift(v_ref).detach()).square().flatten(1).mean(1)
+    kl = policy.new_zeros(policy.shape) if v_ref is None else (v - _lift(v_ref).detach()).square().flatten(1).mean(1)
     return NFTLossPerPair(policy, kl)
 
 
@@ -126,7 +192,7 @@ def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> 
         clipped = clipped.sign().clamp(min=0)
     elif mode == "binary":
         clipped = clipped.sign()
-    return (clipped / clip / 2 + 0.5).clamp(0, 1).masked_fill(missing, torch.nan)
+    return (clipped / clip / 2 + 0.5).clamp(0, 1).masked_fill(missing, math.nan)
 
 
 def _normalised_error(x0_hat: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
@@ -140,4 +206,4 @@ def _normalised_error(x0_hat: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
 
 
 def _lift(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.is_floating_point() and tensor.dtype.itemsize >= 4 else tensor.float()

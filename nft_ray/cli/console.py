@@ -77,7 +77,8 @@ class Console(Tracker):
         parts = [f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in shown]
         if metrics["reward/missing"]:
             parts.append(f"missing {metrics['reward/missing']:.1%}")
-        parts.append(f"grad norm {metrics.get('nft/grad_norm', float('nan')):.2f}")
+        norms = [value for name, value in metrics.items() if name.endswith("/grad_norm")]  # of whichever algorithm
+        parts += [f"grad norm {norm:.2f}" for norm in norms]
         parts.append(f"{metrics['time/epoch_s']:.1f} s")
         self.say(f"epoch {epoch:>3}/{self._num_epochs}  {'  '.join(parts)}{self._evaluated}")
         self._evaluated = ""

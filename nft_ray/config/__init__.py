@@ -7,7 +7,6 @@ Does not: what a reward's or an algorithm's own section may say (rewards/, algor
 from nft_ray.config.experiment import ExperimentConfig
 from nft_ray.config.loading import differences, dump, load, parse, resolved
 from nft_ray.config.sections import (
-    AlgorithmConfig,
     ClusterConfig,
     EvaluationConfig,
     HttpConfig,
@@ -23,7 +22,6 @@ from nft_ray.config.sections import (
 )
 
 __all__ = [
-    "AlgorithmConfig",
     "ClusterConfig",
     "EvaluationConfig",
     "ExperimentConfig",

@@ -7,21 +7,22 @@ from typing import Any, get_args, get_type_hints
 from pydantic import BaseModel, ValidationError
 
 
-def explained(model: type[BaseModel], error: ValidationError) -> str:
-    """The first three problems, on one line."""
-    return "; ".join(one_line(model, detail) for detail in error.errors()[:3])
+def explained(model: type[BaseModel], error: ValidationError, section: str = "") -> str:
+    """The first three problems, on one line; `section`: where the model stands in the experiment."""
+    return "; ".join(one_line(model, detail, section) for detail in error.errors()[:3])
 
 
-def one_line(model: type[BaseModel], detail: Any) -> str:
+def one_line(model: type[BaseModel], detail: Any, section: str = "") -> str:
+    """One problem of pydantic's list."""
     path = [part for part in detail["loc"] if not str(part).startswith("<")]
-    where = ".".join(str(part) for part in path)
+    where = ".".join(str(part) for part in ([section, *path] if section else path))
     if detail["type"] == "extra_forbidden":
         known = _keys_at(model, path[:-1])
         close = difflib.get_close_matches(str(path[-1]), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if not where:
+    if not where or message.startswith(f"{where}."):  # a section that was checked by a model of its own has said it
         return message
     if detail["type"] == "missing" or (detail["input"] and isinstance(detail["input"], dict)):  # not a whole section
         return f"{where}: {message}"

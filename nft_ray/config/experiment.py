@@ -7,12 +7,12 @@ fields is a property. `rewards` and `algorithm.name` name files (nft_ray/rewards
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from nft_ray.algorithms.base import AlgorithmConfig, config_class
 from nft_ray.config.composition import WORKERS, stage_data
 from nft_ray.config.errors import explained
 from nft_ray.config.sections import (
-    AlgorithmConfig,
     ClusterConfig,
     EvaluationConfig,
     LearnerConfig,
@@ -28,6 +28,17 @@ from nft_ray.config.sections import (
 from nft_ray.rewards.base import RewardConfig, reward_config
 
 
+def _of_its_algorithm(section: Any) -> Any:
+    """`algorithm` is checked by the Config of the algorithm that it names."""
+    if not isinstance(section, Mapping):
+        return section
+    own = config_class(section)
+    try:
+        return own.model_validate(section)
+    except ValidationError as error:
+        raise ValueError(explained(own, error, "algorithm")) from None
+
+
 class ExperimentConfig(Section):
     run: RunConfig
     cluster: ClusterConfig = ClusterConfig()
@@ -35,7 +46,9 @@ class ExperimentConfig(Section):
     prompts: PromptsConfig = PromptsConfig()
     sampler: SamplerConfig = SamplerConfig()
     learner: LearnerConfig = LearnerConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_of_its_algorithm)] = Field(
+        default_factory=lambda: config_class({})()
+    )
     rewards: Annotated[dict[str, Any], Field(min_length=1)]
     """Reward name -> its section: weight, eval_only, num_replicas, ... and what the reward's own Config adds."""
     scorers: ScorersConfig = ScorersConfig()

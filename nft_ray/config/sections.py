@@ -5,18 +5,12 @@ file. What spans sections is checked in experiment.py.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
 from nft_ray.types import Solver
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-Decay = Annotated[
-    Annotated[DecayPreset, Tag("<preset>")] | Annotated[CustomDecay, Tag("<custom>")],
-    Discriminator(lambda value: "<preset>" if isinstance(value, str) else "<custom>"),
-]
-"""Told apart before they are checked, so that an error speaks of the one that was meant."""
 
 
 class Section(BaseModel):
@@ -193,24 +187,6 @@ class LearnerConfig(WorkersConfig):
     """Keep only each block's input and compute the rest again in the backward: a third slower, far less memory."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile) for micro-batches of exactly `micro_batch_size`."""
-
-
-class AlgorithmConfig(Section):
-    name: Literal["nft"] = "nft"
-    beta: Annotated[float, Field(gt=0)] = 1.0
-    """Strength of the implicit positive and negative policies."""
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight of the squared velocity difference to the reference; 0 = v_ref is not even computed."""
-    kl_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a sample's times whose v_ref is computed and sent; the rest is weighted up, so the KL stays unbiased."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Advantages are clipped to +- this before they become an optimality; it also scales the loss."""
-    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
-    advantage_std: Literal["global", "group"] = "global"
-    old_policy_decay: Decay = "linear"
-    """Decay of the old policy by optimizer steps: a preset, or {flat_steps, rate, max}."""
-    ema_decay: Fraction = 0.9
-    """Largest decay of the EMA policy, which is evaluated and exported."""
 
 
 class HttpConfig(Section):

@@ -1,6 +1,6 @@
-"""The core of one learner rank: clean samples and optimalities in, a new policy out. Torch only.
+"""The core of one learner rank: clean samples and their weights in, a new policy out. Torch only.
 
-Plain regression on (x0, t, noise seed, v_old, v_ref, r): the frozen policies were evaluated by the sampler. An
+Plain regression on (x0, t, noise seed, v_old, v_ref, weight): the frozen policies were evaluated by the sampler. An
 optimizer step accumulates over flat (sample, time) pairs in micro-batches of any size and divides by the GLOBAL number
 of pairs, so any number of ranks, with any share of the pairs (none, too), gives the same update.
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nft_ray.algorithms.nft import nft_loss_per_pair
+from nft_ray.algorithms.base import build_algorithm
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.device import Copies
@@ -49,6 +49,7 @@ class LearnerCore:
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device("cuda" if config.learner.num_gpus and torch.cuda.is_available() else "cpu")
+        self._algorithm = build_algorithm(config.algorithm)
         self._policy = Policy(config, self.device, world_size)
         self.model, self.policy = self._policy.model, self._policy.parameters
         self.ema = {name: value.detach().clone() for name, value in self._policy.part().items()}
@@ -101,7 +102,7 @@ class LearnerCore:
             del self._versions[version]
         adapters, weights = self._announce(self.version, self._versions[self.version])
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]} if steps else {}
-        metrics |= {"nft/old_policy_decay": decay, "time/update_s": time.perf_counter() - started}
+        metrics |= {f"{self._algorithm.name}/old_policy_decay": decay, "time/update_s": time.perf_counter() - started}
         return UpdateResult(
             version=self.version,
             num_optimizer_steps=len(steps),
@@ -196,7 +197,7 @@ class LearnerCore:
     ) -> dict[str, float]:
         """One optimizer step; returns its metrics, summed over ranks."""
         num_pairs = num_samples * self.config.sampler.num_times
-        totals = torch.zeros(3, device=self.device)
+        totals = torch.zeros(2 + len(self._algorithm.measures), device=self.device)
         chunks = list(micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
         self.optimizer.zero_grad(set_to_none=True)
         turns = self._policy.turns(len(chunks))
@@ -218,15 +219,10 @@ class LearnerCore:
         self._follow()
         if self.world_size > 1:
             dist.all_reduce(totals)
-        policy, kl, x0_norm = (totals / num_pairs).tolist()
-        return {
-            "nft/policy_loss": policy,
-            "nft/kl": kl,
-            "nft/loss": policy + self.config.algorithm.kl_weight * kl,
-            "nft/grad_norm": norm.item(),
-            "nft/x0_norm": x0_norm,
-            "nft/optimizer_step": float(self.optimizer_step),
-        }
+        names, means = ("loss", "x0_norm", *self._algorithm.measures), (totals / num_pairs).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        metrics |= {"grad_norm": norm.item(), "optimizer_step": float(self.optimizer_step)}
+        return {f"{self._algorithm.name}/{name}": value for name, value in metrics.items()}
 
     def _backward(
         self, pairs: np.ndarray, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], num_pairs: int
@@ -235,34 +231,25 @@ class LearnerCore:
 
         They stay on the device: nothing in here waits for it, so the host prepares the next micro-batch meanwhile.
         """
-        algorithm, learner = self.config.algorithm, self.config.learner
+        learner = self.config.learner
         batch = gather(
             pairs,
             groups,
             samples,
             self._copies,
             dtype=self._policy.dtype,
-            with_reference=algorithm.kl_weight > 0,
+            needs=self._algorithm.needs,
             size=learner.micro_batch_size if learner.compile else None,
         )
-        v = self._policy.velocity(batch.x_t, batch.t, batch.conditioning)
-        policy, kl = nft_loss_per_pair(
-            v,
-            batch.v_old,
-            batch.x0,
-            batch.x_t,
-            batch.t,
-            batch.optimality,
-            beta=algorithm.beta,
-            scale=algorithm.advantage_clip,
-            v_ref=batch.v_ref,
-        )
-        policy, kl = policy * batch.weight, kl * batch.ref_weight
-        loss = (policy + algorithm.kl_weight * kl).sum() / num_pairs
+        of = batch.pairs
+        v = self._policy.velocity(of.x_t, of.t, batch.conditioning)
+        losses = self._algorithm.loss(v, of)
+        loss = (losses.total * batch.filled).sum() / num_pairs
         # the gradient is averaged over ranks; the loss is already divided by the pairs of all of them
         (loss * self.world_size * self._loss_scale(num_pairs)).backward()
-        x0_norm = x0_from_velocity(batch.x_t, v.detach(), batch.t).flatten(1).pow(2).mean(1).sqrt() * batch.weight
-        return torch.stack([policy.detach().sum(), kl.detach().sum(), x0_norm.sum()]).float()
+        x0_norm = x0_from_velocity(of.x_t, v.detach(), of.t).flatten(1).pow(2).mean(1).sqrt()
+        measured = (losses.total, x0_norm, *losses.measured)
+        return torch.stack([(values.detach() * batch.filled).sum() for values in measured]).float()
 
     def _loss_scale(self, num_pairs: int) -> float:
         """A power of two that keeps float16's gradients from rounding to zero until they are float32, as LoRAs' are.

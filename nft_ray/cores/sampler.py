@@ -1,8 +1,8 @@
 """The core of one sampler: prompts and seeds in, images and clean samples out. Torch only; no Ray, no reward.
 
 Everything that depends on a frozen policy is computed here, while its weights are loaded: x0 with the old policy, then
-v_old (and v_ref where the KL weight is above 0) at each sample's training times. What a request gets is a function of
-the request and the adapter version that it names, never of the worker or of what the worker did before.
+at each sample's training times the velocities that the algorithm needs: v_old, v_ref. What a request gets is a
+function of the request and the adapter version that it names, never of the worker or of what the worker did before.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from nft_ray.algorithms.base import build_algorithm
 from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
 from nft_ray.cores.device import Copies, compile_blocks
 from nft_ray.cores.parking import Parking, tensors_of
@@ -42,6 +43,7 @@ class SamplerCore:
         self.config = config
         self.worker = worker
         self.device = torch.device("cuda" if config.sampler.num_gpus and torch.cuda.is_available() else "cpu")
+        self._needs = build_algorithm(config.algorithm).needs
         self.model = load_model(config.model, self.device)
         self._probe_base = probe_velocity(self.model)
         if config.model.tuning == "full":
@@ -97,7 +99,7 @@ class SamplerCore:
             policy_version=request.policy_version,
             worker=self.worker,
             seconds=time.perf_counter() - started,
-            num_bytes=images.nbytes + (samples.v_old.nbytes if samples else 0),
+            num_bytes=images.nbytes + (samples.v_old.nbytes if samples and samples.v_old is not None else 0),
         )
         return info, images, samples
 
@@ -158,20 +160,21 @@ class SamplerCore:
         return guided
 
     def _clean_samples(self, x0: torch.Tensor, conditioning: Conditioning, request: RolloutRequest) -> CleanSamples:
-        """v_old of every (sample, time) pair of the one group, v_ref of its `kl_fraction`, each with its own noise."""
+        """The one group with the velocities that the algorithm needs, each (sample, time) pair with its own noise."""
         (item,) = request.items
         seeds = np.array(item.seeds, dtype=np.int64)
         sigmas = self.model.sigmas(self.config.sampler.num_steps).numpy()
         t = training_times(sigmas, self.config.sampler.num_times, seeds)
         noise_seeds = np.array([[mix("noise", int(s), k) for k in range(t.shape[1])] for s in seeds], dtype=np.int64)
-        frozen, v_ref, chosen = self.velocities(x0, t, noise_seeds, conditioning), None, None
-        if self.config.algorithm.kl_weight:
+        frozen = self.velocities(x0, t, noise_seeds, conditioning) if self._needs.old else None
+        v_ref, chosen = None, None
+        if self._needs.reference:
             self._use("reference", request.policy_version)
-            chosen = reference_times(t.shape[1], self.config.algorithm.kl_fraction, seeds)
+            chosen = reference_times(t.shape[1], self._needs.reference, seeds)
             t_ref, ref_seeds = (np.take_along_axis(values, chosen, axis=1) for values in (t, noise_seeds))
             v_ref = self.velocities(x0, t_ref, ref_seeds, conditioning)()
         host = {name: self._copies.download(value.float()) for name, value in conditioning.items()}
-        clean, v_old = self._copies.download(x0)(), frozen()
+        clean, v_old = self._copies.download(x0)(), frozen() if frozen else None
         for name, value in (("x0", clean), ("v_old", v_old), ("v_ref", v_ref)):
             if value is not None and not np.isfinite(value).all():
                 hint = f": {OUT_OF_RANGE}" if self.config.model.dtype == "float16" else ""

@@ -7,7 +7,12 @@ It is rectified flow (Liu et al. 2022, arXiv 2209.03003) as Stable Diffusion 3 u
 is t. Times are floats in [0, 1]; a model that wants another scale (1000 of them, say) converts in its own adapter.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ NAME_LENGTH = 250
 """The four limits of MLflow 3.17 (mlflow.utils.validation); above them it raises."""
 METRICS = "metrics.jsonl"
 PICTURES = "evaluation"
-STEP = "nft/optimizer_step"
+STEP = "/optimizer_step"
+"""How the metric's name ends; it begins with the algorithm's."""
 
 Job = Callable[["_MlflowRun"], None]
 _log = logging.getLogger(__name__)
@@ -235,7 +236,12 @@ class _MlflowRun:
 
     def log_steps(self, steps: Sequence[Mapping[str, float]]) -> None:
         """The metrics of single optimizer steps, under `step/`."""
-        self._send((f"step/{name}", value, int(step[STEP])) for step in steps for name, value in step.items())
+        numbers = [int(next(value for name, value in step.items() if name.endswith(STEP))) for step in steps]
+        self._send(
+            (f"step/{name}", value, number)
+            for number, step in zip(numbers, steps, strict=True)
+            for name, value in step.items()
+        )
 
     def log_pictures(self, epoch: int, result: EvalResult) -> None:
         """The pictures of the fixed lines, in one image per evaluation."""

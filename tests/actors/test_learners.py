@@ -16,7 +16,7 @@ def test_learners_that_drift_apart_end_the_group() -> None:
     sampler.load(*learner.adapters()[0])
     _, _, samples = sampler.rollout(fake_request())
     assert samples is not None
-    group = TrainGroup(group_id=0, samples=None, optimality=np.ones(3, np.float32), step=np.zeros(3, np.int32))
+    group = TrainGroup(group_id=0, samples=None, weight=np.ones(3, np.float32), step=np.zeros(3, np.int32))
     result, _ = learner.update(0, [group], [samples], (3,))
     drifted = dataclasses.replace(result, adapters=dataclasses.replace(result.adapters, checksums={"old": "other"}))
     learners = LearnerGroup(config, None)  # type: ignore[arg-type]  # nobody is placed

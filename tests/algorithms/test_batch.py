@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nft_ray.algorithms.batch import DROPPED, make_batch, optimizer_steps, shard
+from nft_ray.algorithms import batch as module
+from nft_ray.algorithms.base import build_algorithm
+from nft_ray.algorithms.batch import DROPPED, optimizer_steps, shard
+from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
-from nft_ray.types import Prompt, RolloutInfo, RolloutItem, RolloutRequest, ScoredGroup, TrainGroup
+from nft_ray.types import Batch, Prompt, RolloutInfo, RolloutItem, RolloutRequest, ScoredGroup, TrainGroup
 from tests.examples import example_config
 
 INFO = RolloutInfo(epoch=3, policy_version=3, worker="a", seconds=1.0, num_bytes=1)
@@ -27,6 +30,19 @@ GROUPS = [scored(4, [0.0, 1.0, 0.5, 0.5]), scored(1, [1.0, 1.0, 0.0, 1.0]), scor
 CONFIG = example_config("learner.optimizer_steps=2")
 
 
+def make_batch(groups: list[ScoredGroup], config: ExperimentConfig, *, num_shards: int) -> Batch:
+    return module.make_batch(
+        groups,
+        build_algorithm(config.algorithm),
+        weights=config.trained_weights,
+        combine=config.scorers.combine,
+        max_missing_fraction=config.scorers.max_missing_fraction,
+        num_steps=config.learner.optimizer_steps,
+        run_seed=config.run.seed,
+        num_shards=num_shards,
+    )
+
+
 def flat(shards: tuple[tuple[TrainGroup, ...], ...]) -> dict[int, TrainGroup]:
     return {group.group_id: group for part in shards for group in part}
 
@@ -40,14 +56,14 @@ def test_neither_arrival_nor_learners_change_the_update(num_shards: int) -> None
     for group_id, group in flat(one.shards).items():
         same = flat(other.shards)[group_id]
         np.testing.assert_array_equal(group.step, same.step)
-        np.testing.assert_array_equal(group.optimality, same.optimality)
+        np.testing.assert_array_equal(group.weight, same.weight)
         assert same.samples == f"samples {group_id}"
 
 
 def test_better_samples_of_a_group_have_the_higher_optimality() -> None:
     group = flat(make_batch(GROUPS, CONFIG, num_shards=1).shards)[9]
-    assert (np.diff(group.optimality) > 0).all()
-    assert group.optimality.mean() == pytest.approx(0.5)
+    assert (np.diff(group.weight) > 0).all()
+    assert group.weight.mean() == pytest.approx(0.5)
 
 
 def test_a_missing_reward_drops_the_sample_and_renormalises_its_group() -> None:
@@ -57,7 +73,7 @@ def test_a_missing_reward_drops_the_sample_and_renormalises_its_group() -> None:
     group = flat(batch.shards)[1]
     assert group.step[2] == DROPPED
     assert (np.delete(group.step, 2) >= 0).all()
-    assert np.delete(group.optimality, 2).mean() == pytest.approx(0.5)
+    assert np.delete(group.weight, 2).mean() == pytest.approx(0.5)
     assert batch.metrics["reward/missing"] == pytest.approx(1 / 8)
     assert sum(batch.samples_per_step) == 7
 

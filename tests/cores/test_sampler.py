@@ -165,7 +165,7 @@ def test_the_gradient_of_a_16_bit_run_is_that_of_an_exact_one(dtype: str, size: 
         v_old = sampler.velocities(torch.from_numpy(samples.x0), samples.t, samples.noise_seeds, conditioning)()
         learner.restore(dataclasses.replace(learner.state(), policy=policy, versions={0: weights}))
         r = np.linspace(0.3, 0.7, 12, dtype=np.float32)
-        train = TrainGroup(group_id=0, samples=None, optimality=r, step=np.zeros(12, np.int32))
+        train = TrainGroup(group_id=0, samples=None, weight=r, step=np.zeros(12, np.int32))
         learner.update(0, [train], [dataclasses.replace(samples, v_old=v_old)], (12,))
         gradients.append(flat_gradient(learner))
     a, b = gradients

@@ -154,7 +154,7 @@ def test_what_a_sampler_gives_trains_a_learner(kind: str, tiny_folder: Path) -> 
     _, _, samples = sampler.rollout(request)
     assert samples is not None
     r = np.array([0.0, 0.3, 0.7, 1.0], np.float32)
-    group = TrainGroup(group_id=0, samples=None, optimality=r, step=np.zeros(4, np.int32))
+    group = TrainGroup(group_id=0, samples=None, weight=r, step=np.zeros(4, np.int32))
     result, moved = learner.update(0, [group], [samples], (4,))
     assert result.metrics["nft/kl"] < 1e-6  # version 0 IS the reference: both velocities must be the same
     assert result.metrics["nft/grad_norm"] > 0
