@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nft_ray.config import ExperimentConfig, load
+from nft_ray.config import ExperimentConfig, load, parse
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMALL = [
@@ -26,6 +26,7 @@ SHORT = {
 }
 
 
-def example_config(*overrides: str, **short: Any) -> ExperimentConfig:
-    """The quickstart, made small; `short` names a few fields without their section."""
-    return load(QUICKSTART, [*SMALL, *(f"{SHORT[name]}={value}" for name, value in short.items()), *overrides])
+def example_config(*overrides: str, algorithm: dict[str, Any] | None = None, **short: Any) -> ExperimentConfig:
+    """The quickstart, made small; `short` names a few fields without their section, `algorithm` replaces its own."""
+    made = load(QUICKSTART, [*SMALL, *(f"{SHORT[name]}={value}" for name, value in short.items()), *overrides])
+    return made if algorithm is None else parse({**made.model_dump(), "algorithm": algorithm})

@@ -7,7 +7,8 @@ What comes out holds neither the profiles nor the name, so the resolved YAML of 
 
 A stage is a part of a run in which something is different. It is merged key by key; only `rewards` is a choice: a
 stage that has it uses exactly the rewards that it names, each with the experiment's own section under what the stage
-says of it. What belongs to the whole run is not in `STAGED`, or among `WORKERS`.
+says of it. So is `algorithm` where the stage names another one: fields of one mean nothing to another. What belongs to
+the whole run is not in `STAGED`, or among `WORKERS`.
 """
 
 import difflib
@@ -51,6 +52,9 @@ def stage_data(experiment: Mapping[str, Any], number: int) -> dict[str, Any]:
     stages = experiment["stages"]
     stage = {section: stages[number][section] for section in STAGED if stages[number].get(section) is not None}
     chosen = stage.pop("rewards", None)
+    named = stage.get("algorithm", {}).get("name")
+    if named is not None and named != experiment["algorithm"]["name"]:
+        experiment = {**experiment, "algorithm": {}}
     made = _merged({key: value for key, value in experiment.items() if key != "stages"}, stage)
     if chosen is not None:
         known = experiment["rewards"]
