@@ -5,7 +5,7 @@ roles that made them (roles.py) know which; the trainer passes them on and never
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +58,7 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
-    """What the driver learns of a rollout: scalars."""
+    """What the driver learns of a rollout: scalars. `num_bytes` goes through the object store: images and samples."""
 
     epoch: int
     policy_version: int
@@ -83,6 +83,11 @@ class CleanSamples:
     v_ref: np.ndarray | None
     conditioning: dict[str, np.ndarray]
     ref_times: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays, as NumPy's own `nbytes`."""
+        return sum(_nbytes(getattr(self, own.name)) for own in fields(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,3 +228,10 @@ class EvalResult:
     images: dict[int, np.ndarray]
     seconds: float
     right: dict[int, bool] = field(default_factory=dict)
+
+
+def _nbytes(value: np.ndarray | Mapping[str, Any] | None) -> int:
+    """Of an array, or of the arrays below names."""
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return 0 if value is None else value.nbytes

@@ -107,7 +107,7 @@ class FakeSamplerCore:
         images = np.empty((len(seeds), model.height, model.width, 3), dtype=np.uint8)
         images[:] = (seeds % 251).reshape(-1, 1, 1, 1)
         samples = self._samples(seeds, request.policy_version) if request.split == "train" else None
-        num_bytes = images.nbytes + (samples.v_old.nbytes if samples else 0)
+        num_bytes = images.nbytes + (samples.nbytes if samples else 0)
         info = RolloutInfo(
             epoch=request.epoch,
             policy_version=request.policy_version,

@@ -99,7 +99,7 @@ class SamplerCore:
             policy_version=request.policy_version,
             worker=self.worker,
             seconds=time.perf_counter() - started,
-            num_bytes=images.nbytes + (samples.v_old.nbytes if samples and samples.v_old is not None else 0),
+            num_bytes=images.nbytes + (samples.nbytes if samples else 0),
         )
         return info, images, samples
 

@@ -1,6 +1,7 @@
 """The sampler core: the same images for the same request, the learner's velocities, and proof of every load."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -50,6 +51,15 @@ def test_a_rollout_has_the_shapes_it_promises(config: ExperimentConfig, learner:
     assert samples.t.shape == samples.noise_seeds.shape == (4, 2)
     assert len(set(samples.noise_seeds.ravel().tolist())) == 8
     assert info.policy_version == -1
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_num_bytes_are_all_that_goes_through_the_object_store(
+    config: ExperimentConfig, learner: LearnerCore, split: str
+) -> None:
+    info, images, samples = loaded(config, learner).rollout(request(config, split=split))
+    names = 4096  # pickle says besides what the arrays are called
+    assert 0 < len(pickle.dumps((images, samples))) - info.num_bytes < names
 
 
 def test_what_was_done_before_changes_nothing(config: ExperimentConfig, learner: LearnerCore) -> None:
