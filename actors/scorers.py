@@ -8,8 +8,8 @@ Failure policy
   (it died, is unreachable, raised, or let the deadline pass) is tried again, `scorers.max_attempts` times in all, and
   the call that was given up is cancelled. After that the reward of this rollout is missing: NaN and counted, never 0,
   and logged once per cause. The trainer decides how much may be missing.
-- A ValueError of the reward says that the input is wrong: the user's mistake, raised at once. (Its subclasses, such
-  as JSONDecodeError, are the world's doing and are retried.)
+- A ValueError of the reward says that the input is wrong, or what it returned: the user's mistake, raised at once. (Its
+  subclasses, such as JSONDecodeError, are the world's doing and are retried.)
 - One call scores one rollout. Its deadline, `scorers.timeout_s`, includes waiting for a replica to be free.
 
 Who deploys the applications, and what runs in them, is not known here.
@@ -73,7 +73,7 @@ class ServeScorers:
                         return await self._call(name, images, texts, metadata)
             except RayTaskError as error:
                 if type(error.cause) is ValueError:
-                    raise ValueError(f"reward {name}: {error.cause}") from error
+                    raise ValueError(str(error.cause)) from error
                 failure = error.cause
             except (RayError, RayServeException, DeadlineError) as error:
                 failure = error

@@ -47,7 +47,7 @@ class RewardReplica:
     ) -> None:
         self._name, self._description, self._token = name, description, token
         self._bound = (section, config, token)
-        self._reward = Unique(load(name, section))
+        self._reward = Unique(name, load(name, section))
         if "torch" in sys.modules:  # most rewards do without: 0.2 GiB and seconds less per replica
             sys.modules["torch"].set_num_threads(max(1, int(config.num_cpus)))
         self._score_batch.set_max_batch_size(config.batch_size)  # type: ignore[attr-defined]

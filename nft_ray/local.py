@@ -53,7 +53,7 @@ class LocalScorers:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self._rewards: dict[str, Reward] = {
-            name: Unique(load_reward(name, section or {})) for name, section in config.rewards.items()
+            name: Unique(name, load_reward(name, section or {})) for name, section in config.rewards.items()
         }
         self._weights = config.trained_weights
 

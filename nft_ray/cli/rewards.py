@@ -33,6 +33,7 @@ from nft_ray.rewards.base import (
     reward_files,
     reward_names,
 )
+from nft_ray.rewards.unique import Unique
 from nft_ray.rewards.weights import weights_root
 
 SCORE_S = 600.0
@@ -191,7 +192,7 @@ def _score(args: argparse.Namespace) -> int:
     config = reward_config(args.reward, section) if args.address is None else None
     check_lines(args.reward, zip(prompts, metadata, strict=True), config)
     if args.address is None:
-        scores = load_reward(args.reward, section).score(images, prompts, metadata)
+        scores = Unique(args.reward, load_reward(args.reward, section)).score(images, prompts, metadata)
     else:
         scores = _score_deployed(args, images, prompts, metadata)
     details = {name: _number(values[0]) for name, values in scores.details.items()}

@@ -166,6 +166,38 @@ def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[M
         )
 
 
+def check_scores(scores: Scores, num_images: int) -> Scores:
+    """What a reward returned as float32 (B,) arrays; other real numbers are converted: NumPy makes float64 of a float.
+
+    ValueError, without the reward's name, where there is not one such number per image.
+    """
+    if not isinstance(scores, Scores):
+        raise ValueError(f"returned a {type(scores).__name__}; return nft_ray.rewards.base.Scores")
+    return Scores(
+        values=_column("values", scores.values, num_images),
+        details={
+            name: _column(f"values of the detail {name!r}", array, num_images) for name, array in scores.details.items()
+        },
+    )
+
+
+def _column(what: str, array: np.ndarray, num_images: int) -> np.ndarray:
+    rule = "return float32 (B,)"
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"returned {what} as a {type(array).__name__}; {rule}")
+    if array.shape != (num_images,):
+        found = f"{len(array)} {what}" if array.ndim == 1 else f"{what} of shape {array.shape}"
+        raise ValueError(f"returned {found} for {num_images} images; {rule}")
+    if not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise ValueError(f"returned {what} of dtype {array.dtype}; {rule}")
+    with np.errstate(over="ignore"):
+        column = array.astype(np.float32, copy=False)
+    beyond = np.isfinite(array) & np.isinf(column)
+    if beyond.any():
+        raise ValueError(f"returned {what} beyond float32 (up to {np.abs(array[beyond]).max():g}); {rule}")
+    return column
+
+
 def one_line(error: ValidationError, where: str, *, known: Sequence[str] = ()) -> str:
     """A pydantic error as one line: path, rule and value; the nearest of the `known` keys for an unknown one."""
     problems = []

@@ -1,5 +1,8 @@
 """The same image of the same prompt is scored once: a Reward in front of a Reward, with a memory of its scores.
 
+Every path to a reward leads through here (one process, Serve, HTTP), so this is where what it returns is checked, and
+where its ValueErrors get its name.
+
 An evaluation repeated after a crash, a retried request, two jobs that share a reward and a batch that holds a picture
 twice all ask what has been answered before. A missing score is not remembered: it is asked for again.
 
@@ -17,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.rewards.base import Reward, Scores, check_batch
+from nft_ray.rewards.base import Reward, Scores, check_batch, check_scores
 
 CAPACITY = 16384
 """Scores remembered: some hundred bytes each."""
@@ -28,16 +31,27 @@ Row = tuple[float, dict[str, float]]
 
 
 class Unique:
-    """A Reward that asks another one only for (image, prompt, metadata) that it has not just seen. Not thread-safe."""
+    """A Reward that asks another one only for (image, prompt, metadata) that it has not just seen. Not thread-safe.
 
-    def __init__(self, reward: Reward, capacity: int = CAPACITY) -> None:
-        self._reward, self._capacity = reward, capacity
+    Raises ValueError "reward NAME: ..." where the other one does, or returns anything but a number per image.
+    """
+
+    def __init__(self, name: str, reward: Reward, capacity: int = CAPACITY) -> None:
+        self._name, self._reward, self._capacity = name, reward, capacity
         self._known: OrderedDict[bytes, tuple[bytes, Row]] = OrderedDict()  # digest -> (sketch, scores)
         self._sketches: Counter[bytes] = Counter()
         self._hasher = ThreadPoolExecutor(1, "hash")
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score."""
+        try:
+            return self._score(images, prompts, metadata)
+        except ValueError as error:
+            if type(error) is not ValueError:  # JSONDecodeError and the like are the world's doing
+                raise
+            raise ValueError(f"reward {self._name}: {error}") from error
+
+    def _score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         check_batch(images, prompts, metadata)
         lines = [
             json.dumps(pair, sort_keys=True, default=repr).encode() for pair in zip(prompts, metadata, strict=True)
@@ -73,9 +87,9 @@ class Unique:
         *,
         whole: bool,
     ) -> Scores:
-        if whole:  # as it came, without a copy
-            return self._reward.score(images, prompts, metadata)
-        return self._reward.score(images[asked], [prompts[i] for i in asked], [metadata[i] for i in asked])
+        if not whole:  # else as it came, without a copy
+            images, prompts, metadata = images[asked], [prompts[i] for i in asked], [metadata[i] for i in asked]
+        return check_scores(self._reward.score(images, prompts, metadata), len(images))
 
     def _remember(self, digests: Sequence[bytes], sketches: Sequence[bytes], scores: Scores) -> dict[bytes, Row]:
         rows: dict[bytes, Row] = {}

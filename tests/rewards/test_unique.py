@@ -1,9 +1,10 @@
-"""What has been scored is not scored again, and what has not been had is."""
+"""What has been scored is not scored again, what has not been had is; what is no score is refused here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.unique import Unique
@@ -28,7 +29,7 @@ def images(*values: int) -> np.ndarray:
 
 def test_a_pair_that_occurs_twice_in_a_batch_is_asked_once() -> None:
     reward = Counting()
-    scores = Unique(reward).score(images(1, 2, 1, 1), ["a", "a", "a", "bb"], [{}] * 4)
+    scores = Unique("mine", reward).score(images(1, 2, 1, 1), ["a", "a", "a", "bb"], [{}] * 4)
     assert reward.asked == [3]
     assert scores.values.tolist() == [2, 3, 2, 3]
     assert scores.details["half"].tolist() == [1, 1.5, 1, 1.5]
@@ -37,7 +38,7 @@ def test_a_pair_that_occurs_twice_in_a_batch_is_asked_once() -> None:
 
 def test_a_known_pair_is_not_asked_again_and_a_new_one_is() -> None:
     reward = Counting()
-    unique = Unique(reward)
+    unique = Unique("mine", reward)
     first = unique.score(images(1, 2), ["a", "a"], [{}, {}])
     again = unique.score(images(2, 7, 1), ["a"] * 3, [{}] * 3)
     assert reward.asked == [2, 1]
@@ -48,7 +49,7 @@ def test_a_known_pair_is_not_asked_again_and_a_new_one_is() -> None:
 
 def test_another_prompt_other_metadata_or_another_shape_is_another_pair() -> None:
     reward = Counting()
-    unique = Unique(reward)
+    unique = Unique("mine", reward)
     unique.score(images(1), ["a"], [{}])
     unique.score(images(1), ["b"], [{}])
     unique.score(images(1), ["a"], [{"tag": "colors"}])
@@ -58,7 +59,7 @@ def test_another_prompt_other_metadata_or_another_shape_is_another_pair() -> Non
 
 def test_a_missing_score_is_asked_for_again() -> None:
     reward = Counting()
-    unique = Unique(reward)
+    unique = Unique("mine", reward)
     reward.away = True
     assert np.isnan(unique.score(images(1), ["a"], [{}]).values).all()
     reward.away = False
@@ -67,7 +68,7 @@ def test_a_missing_score_is_asked_for_again() -> None:
 
 def test_the_memory_is_bounded_and_forgets_the_oldest() -> None:
     reward = Counting()
-    unique = Unique(reward, capacity=2)
+    unique = Unique("mine", reward, capacity=2)
     for value in (1, 2, 3):
         unique.score(images(value), ["a"], [{}])
     unique.score(images(3, 2), ["a", "a"], [{}] * 2)
@@ -79,7 +80,7 @@ def test_the_memory_is_bounded_and_forgets_the_oldest() -> None:
 def test_images_that_differ_in_one_pixel_are_other_images() -> None:
     """Also where the sketch, which does not look at every pixel, is the same."""
     reward = Counting()
-    unique = Unique(reward)
+    unique = Unique("mine", reward)
     pair = np.zeros((2, 16, 16, 3), np.uint8)
     pair[1, 3, 3, 1] = 1
     unique.score(pair[:1], ["a"], [{}])
@@ -88,5 +89,66 @@ def test_images_that_differ_in_one_pixel_are_other_images() -> None:
     unique.score(pair[:1] + 2, ["a"], [{}])
     assert reward.asked == [1, 1, 1]
     other = Counting()
-    assert len(Unique(other).score(pair, ["a", "a"], [{}, {}]).values) == 2
+    assert len(Unique("mine", other).score(pair, ["a", "a"], [{}, {}]).values) == 2
     assert other.asked == [2]
+
+
+class Saying:
+    """Says what it was told to say, whatever it is asked; raises an exception."""
+
+    def __init__(self, said: Any) -> None:
+        self.said = said
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+THREE, FOUR = np.zeros(3, np.float32), np.zeros(4, np.float32)
+RULE = r"; return float32 \(B,\)"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (Scores(values=THREE), "returned 3 values for 4 images" + RULE),
+        (Scores(values=FOUR, details={"exact": THREE}), "returned 3 values of the detail 'exact' for 4 images" + RULE),
+        (Scores(values=FOUR[:, None]), r"returned values of shape \(4, 1\) for 4 images" + RULE),
+        (Scores(values=np.float32(1)), "returned values as a float32" + RULE),  # type: ignore[arg-type]
+        (Scores(values=[0.0] * 4), "returned values as a list" + RULE),  # type: ignore[arg-type]
+        (Scores(values=np.array(["0"] * 4)), "returned values of dtype <U1" + RULE),
+        (Scores(values=np.array([0.0, None, 0, 0])), "returned values of dtype object" + RULE),
+        (Scores(values=FOUR.astype(complex)), "returned values of dtype complex128" + RULE),
+        (Scores(values=np.array([0, 1e39, 0, 0])), r"returned values beyond float32 \(up to 1e\+39\)" + RULE),
+        (FOUR, "returned a ndarray; return nft_ray.rewards.base.Scores"),
+        (ValueError("prompt 0 has no tag"), "prompt 0 has no tag"),
+    ],
+)
+def test_what_is_no_score_per_image_is_one_line_that_names_the_reward(said: Any, message: str) -> None:
+    """Of a whole batch, and of the part of a batch that has not been scored before."""
+    unique = Unique("mine", Saying(said))
+    for values in ((1, 2, 3, 4), (1, 2, 3, 4, 4)):
+        with pytest.raises(ValueError, match=f"^reward mine: {message}$"):
+            unique.score(images(*values), ["a"] * len(values), [{}] * len(values))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.uint8, bool])
+def test_numbers_of_another_dtype_become_float32(dtype: Any) -> None:
+    """NumPy makes float64 of a Python number: no reward needs to think of that."""
+    given = np.array([1, 0, 1], dtype)
+    scores = Unique("mine", Saying(Scores(values=given, details={"exact": given}))).score(
+        images(1, 2, 3), ["a"] * 3, [{}] * 3
+    )
+    for array in (scores.values, scores.details["exact"]):
+        assert (array.dtype, array.tolist()) == (np.float32, [1, 0, 1])
+
+
+def test_a_missing_score_is_no_mistake_and_other_errors_are_not_the_users() -> None:
+    nothing = np.array([np.nan] * 2)
+    assert np.isnan(
+        Unique("mine", Saying(Scores(values=nothing))).score(images(1, 2), ["a"] * 2, [{}] * 2).values
+    ).all()
+    for error in (ConnectionError("away"), UnicodeError("of the world")):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
