@@ -7,6 +7,7 @@ own: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 """
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.nn.functional import linear
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.downloads.pipelines import folder_of
 from nft_ray.models.base import read_json
-from nft_ray.models.lora_files import LoraFile, find_lora
+from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -247,11 +248,30 @@ def _read(file: LoraFile) -> Weights:
 def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:
     """Write a LoRA that plain diffusers loads: `pipeline.load_lora_weights(folder)`.
 
-    The metadata carries alpha: without it a reload would scale by 1 and give other images.
+    The metadata carries alpha: without it a reload would scale by 1 and give other images. The same weights give the
+    same file, to the byte.
     """
     family = importlib.import_module(f"nft_ray.models.{config.family}")
     family.PIPELINE.save_lora_weights(
         save_directory=str(folder),
         transformer_lora_layers={name: torch.from_numpy(np.array(value)) for name, value in weights.items()},
-        transformer_lora_adapter_metadata=peft_config(config.lora, family.LORA_TARGETS).to_dict(),
+        transformer_lora_adapter_metadata={
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in peft_config(config.lora, family.LORA_TARGETS).to_dict().items()
+        },
     )
+    _sort_header(folder / DIFFUSERS)
+
+
+def _sort_header(path: Path) -> None:
+    """Write a safetensors file's header (its length in 8 bytes, then JSON) in the order of its keys.
+
+    safetensors writes the metadata in the order of a hash map, which is another one in every call.
+    """
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.dumps(json.loads(whole[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    written = path.with_suffix(".new")
+    written.write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+    written.replace(path)

@@ -1,11 +1,13 @@
 """LoRA tensors by name: nothing is lost on the way, and plain diffusers draws what our sampler draws."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.numpy import load_file
 
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.cores.publish import checksum
@@ -113,6 +115,26 @@ def test_plain_diffusers_draws_the_same_image_with_the_exported_lora(tmp_path: P
     theirs = draw()
     assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1  # float32 rounding at a uint8 boundary
     assert np.abs(theirs.astype(int) - without.astype(int)).max() > 20
+
+
+def test_the_same_weights_give_the_same_file(tmp_path: Path) -> None:
+    """To the byte, in whatever process: Python's sets and safetensors' maps are ordered by chance."""
+    weights = {f"transformer_blocks.0.attn.to_q.lora_{kind}.weight": np.eye(4, dtype=np.float32) for kind in "BA"}
+    found = set()
+    for name in map(str, range(8)):
+        export_lora(weights, ModelConfig(lora=LORA), tmp_path / name)
+        found.add((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    (file,) = found
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    assert list(header) == sorted(header)
+    assert list(header["__metadata__"]) == ["format", "lora_adapter_metadata"]
+    metadata = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+    assert metadata["transformer.target_modules"] == sorted(LORA_TARGETS)  # not in a set's order
+    assert end % 8 == 0, "the tensors are aligned, as safetensors writes them"
+    loaded = load_file(tmp_path / "0" / "pytorch_lora_weights.safetensors")
+    assert {f"transformer.{name}" for name in weights} == loaded.keys()
+    assert all(np.array_equal(value, np.eye(4)) for value in loaded.values())
 
 
 def _our_images(weights: dict[str, np.ndarray], seeds: tuple[int, ...], text: str) -> np.ndarray:
