@@ -191,8 +191,10 @@ def reward_curve(lines: Sequence[Mapping[str, Any]], path: Path | str) -> None:
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     axes.plot(*_series(lines, training), color="#9aa0a6", linewidth=1.6, label=f"training: {training}")
-    for name, color in zip(held_out, ("#1a73e8", "#d93025", "#188038", "#e37400", "#9334e6"), strict=False):
-        axes.plot(*_series(lines, name), color=color, marker="o", linewidth=2, label=f"held out: {name}")
+    for i, (names, epochs, values) in enumerate(distinct_curves(lines, held_out)):
+        color, dashes = curve_style(i)
+        label = f"held out: {' = '.join(names)}"
+        axes.plot(epochs, values, color=color, linestyle=dashes, marker="o", linewidth=2, label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel("reward")
     axes.grid(alpha=0.25)
@@ -212,6 +214,30 @@ def curve_names(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     if main == "total" or f"reward/{main}" not in names:
         return "reward/total", [f"eval/{name}" for name in rewards]
     return f"reward/{main}", [name for name in (f"eval/{main}", f"eval/{main}/strict") if name in names]
+
+
+def distinct_curves(
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[tuple[list[str], list[int], list[float]]]:
+    """(metrics, epochs, values) of each curve that has a point; metrics of the same values are one curve.
+
+    A reward is often its own `strict` detail: of two lines, one would lie hidden under the other.
+    """
+    curves: list[tuple[list[str], list[int], list[float]]] = []
+    for name in names:
+        epochs, values = _series(lines, name)
+        same = [curve for curve in curves if curve[1:] == (epochs, values)]
+        if same:
+            same[0][0].append(name)
+        elif epochs:
+            curves.append(([name], epochs, values))
+    return curves
+
+
+def curve_style(index: int) -> tuple[str, str]:
+    """Colour and dashes of a curve, its own up to 20 of them; dashes show what lies beneath where two meet."""
+    colors = ("#1a73e8", "#d93025", "#188038", "#e37400", "#9334e6")
+    return colors[index % len(colors)], ("-", "--", "-.", ":")[index % 4]
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -156,6 +156,24 @@ def test_curve_shows_the_reward_and_its_held_out_counterparts(tmp_path: Path) ->
         assert (image == color).all(axis=2).sum() > 300
 
 
+def test_curves_of_the_same_values_are_one_line_with_both_names(tmp_path: Path) -> None:
+    same = [{**line, "eval/geneval/strict": line.get("eval/geneval")} for line in LINES]
+    both = ["eval/geneval", "eval/geneval/strict"]
+    assert report.distinct_curves(same, both) == [(both, [0, 3], [0.6, 0.9])]
+    assert report.distinct_curves(LINES, both) == [(both[:1], [0, 3], [0.6, 0.9]), (both[1:], [0, 3], [0.5, 0.85])]
+    assert report.distinct_curves(LINES, ["eval/none"]) == []
+
+
+def test_every_curve_has_a_style_of_its_own(tmp_path: Path) -> None:
+    names = [f"eval/reward{i}" for i in range(8)]
+    many = [{"epoch": epoch} | {name: i + epoch / 20 for i, name in enumerate(names)} for epoch in (0, 10)]
+    assert report.curve_names(many) == ("reward/total", names)
+    assert len({report.curve_style(i) for i in range(len(names))}) == len(names)
+    report.reward_curve(many, tmp_path / "many.png")
+    report.reward_curve([{k: v for k, v in line.items() if k != names[7]} for line in many], tmp_path / "fewer.png")
+    assert not np.array_equal(pixels(tmp_path / "many.png"), pixels(tmp_path / "fewer.png"))
+
+
 def test_curve_of_other_rewards() -> None:
     one = [{"epoch": 0, "eval/jpeg": 1.0}, {"epoch": 1, "reward/jpeg": 1.0, "reward/total": 2.0}]
     assert report.curve_names(one) == ("reward/jpeg", ["eval/jpeg"])
