@@ -1,0 +1,5 @@
+"""Image models, one file per ARCHITECTURE, and the LoRA in and out of any of them.
+
+Lives here: base (the Protocol; the name of a file is the registry), the families, conditioning, LoRA and full tuning.
+Does not: who samples or trains (cores/), the solver (flow/), where weights are downloaded (downloads/).
+"""
