@@ -12,7 +12,7 @@ from nft_ray.models import conditioning
 from nft_ray.models.base import Conditioning, load_model
 from nft_ray.models.conditioning import Conditioner, TextEncoders, conditioner, identity, lent
 from tests.examples import QUICKSTART, example_config
-from tests.models.tiny import tiny_model
+from tests.models.tiny import OF_EACH_FAMILY, tiny_model
 
 CPU = torch.device("cpu")
 PROMPTS = ["a dog", "two red circles", "a photo of a blue square"]
@@ -63,7 +63,7 @@ def test_the_last_prompts_are_kept_and_give_the_same_bits() -> None:
 
 
 def test_who_is_asked_for_together_does_not_matter(tiny_folder: Path) -> None:
-    for kind in ("sd35_medium", "flux_dev", "sana"):
+    for kind in OF_EACH_FAMILY:
         model = load_model(tiny_model(kind, tiny_folder, conditioning_cache=0), CPU)
         together = model.encode(PROMPTS)
         for i, prompt in enumerate(PROMPTS):

@@ -18,7 +18,7 @@ from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weigh
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
-from tests.models.tiny import KINDS, tiny_model
+from tests.models.tiny import KINDS, OF_EACH_FAMILY, tiny_model
 
 CPU = torch.device("cpu")
 NANO = ModelConfig()
@@ -31,6 +31,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def test_every_family_has_a_tiny_pipeline_here() -> None:
     assert sorted({family for _, family in KINDS.values()}) == families()
+    assert sorted(KINDS[kind][1] for kind in OF_EACH_FAMILY) == families()
 
 
 @every_kind
@@ -143,7 +144,7 @@ def test_sixteen_bits(kind: str, tiny_folder: Path) -> None:
     assert model.decode(x).shape == exact.decode(x).shape
 
 
-@pytest.mark.parametrize("kind", ["sd35_medium", "flux_dev", "sana"])
+@pytest.mark.parametrize("kind", OF_EACH_FAMILY)
 def test_what_a_sampler_gives_trains_a_learner(kind: str, tiny_folder: Path) -> None:
     config = experiment(tiny_model(kind, tiny_folder, lora=LORA))
     sampler, learner = SamplerCore(config), LearnerCore(config)
@@ -173,7 +174,7 @@ def test_flux_is_told_its_guidance(tiny_folder: Path) -> None:
 
 
 def test_other_sizes_than_squares(tiny_folder: Path) -> None:
-    for kind in ("sd35_medium", "flux_dev", "sana"):
+    for kind in OF_EACH_FAMILY:
         config = tiny_model(kind, tiny_folder, height=48, width=32)
         assert our_images(experiment(config), None).shape == (2, 48, 32, 3)
 

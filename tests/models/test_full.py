@@ -12,10 +12,10 @@ from nft_ray.models.full import export_transformer, random_change, replaced, tra
 from nft_ray.models.lora import numpy_weights
 from nft_ray.types import Weights
 from tests.models.test_contract import experiment, our_images, plain_images, plain_pipeline
-from tests.models.tiny import tiny_model
+from tests.models.tiny import OF_EACH_FAMILY, tiny_model
 
 CPU = torch.device("cpu")
-every_family = pytest.mark.parametrize("kind", ["sd35_medium", "flux_dev", "sana"])
+every_family = pytest.mark.parametrize("kind", OF_EACH_FAMILY)
 
 
 def changed(kind: str, folder: Path) -> Weights:

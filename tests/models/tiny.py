@@ -235,6 +235,8 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "sana": (_sana, "sana"),
 }
 """Kind -> how it is made, and its family."""
+OF_EACH_FAMILY = ("sd35_medium", "flux_dev", "sana")
+"""The kinds that stand for their families where one of each is enough."""
 
 if __name__ == "__main__":
     print(tiny_model(sys.argv[1], Path(sys.argv[2])).path)  # noqa: T201
