@@ -8,9 +8,7 @@ once, `max_concurrency` in flight, over connections that are kept: one asyncio l
 
 Failure policy
 - No connection, a broken or senseless answer, HTTP 5xx, 408, 409, 429, or `timeout_s` passed: the URL is put aside and
-  the request goes to another one. The pause doubles with each failure in a row, from `backoff_s` to MAX_PAUSE_S, with
-  jitter; on 429 Retry-After says how long (at most MAX_RETRY_AFTER_S). Then ONE request tries the URL, and the others
-  follow when it was answered: a URL that hangs holds one of them, not all. Where every URL is aside, requests wait.
+  the request goes to another one; `_urls.py` says for how long. Where every URL is aside, requests wait.
 - An image whose own requests failed `max_attempts` times, or that waits while every URL failed so often in a row, on
   any other 4xx (the server does not like this image), or when `deadline_s` is over, is missing: NaN, never 0. The other
   images keep their scores. One warning per call says how many are missing and why.
@@ -33,7 +31,6 @@ import io
 import logging
 import math
 import os
-import random
 import re
 import threading
 import time
@@ -41,21 +38,17 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from nft_ray.rewards._urls import Server, Servers, client_of, parse_retry_after
 from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
 from nft_ray.rewards.servers import SglangConfig
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +65,6 @@ IMAGE_SIZE = 512
 """Pixels of both sides of what is sent, whatever the image's own, as published (Pillow's bicubic)."""
 WORST_SCORE, BEST_SCORE = 1.0, 5.0
 MAX_UNSCORED_ANSWERS = 2
-MAX_PAUSE_S = 30.0
-MAX_RETRY_AFTER_S = 60.0
-CONNECT_S = 5.0
 POLL_S = 0.02
 CLOSE_S = 5.0
 
@@ -171,8 +161,9 @@ class UnifiedReward:
     def __init__(self, config: Config, key: str | None) -> None:
         self._config, self._has_key = config, key is not None
         self._loop = asyncio.new_event_loop()
-        clients = [_client(url, key, config.timeout_s) for url in config.urls]
-        self._servers = _Servers([_Server(url, client) for url, client in zip(config.urls, clients, strict=True)])
+        clients = [client_of(url, key, config.timeout_s) for url in config.urls]
+        servers = [Server(_WHERE, url, client) for url, client in zip(config.urls, clients, strict=True)]
+        self._servers = Servers(servers)
         self._room = asyncio.Semaphore(config.max_concurrency)
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="unified_reward", daemon=True)
         self._thread.start()
@@ -238,7 +229,7 @@ class UnifiedReward:
             else:
                 await asyncio.sleep(POLL_S)
 
-    async def _ask(self, server: "_Server", messages: list[dict[str, Any]]) -> str:
+    async def _ask(self, server: Server, messages: list[dict[str, Any]]) -> str:
         """One request: what the server says. Raises _FailedError, _RefusedError, or ValueError (the user's mistake)."""
         import openai
 
@@ -273,7 +264,7 @@ class UnifiedReward:
         server.failed(sent_at, failure, self._config.backoff_s, retry_after_s)
         raise _FailedError(f"{server.url}: {failure}") from None
 
-    def _objection(self, server: "_Server", status: int) -> Exception:
+    def _objection(self, server: Server, status: int) -> Exception:
         """What to raise for a 4xx that another attempt does not mend; without the server's words, see above."""
         if status == 404:
             return ValueError(
@@ -320,88 +311,6 @@ class _Answer:
         self.missing = "an answer without a score"
 
 
-@dataclass(slots=True)
-class _Server:
-    """One URL. failures: in a row; why: the cause of the last; tried_by: who finds out whether it works again."""
-
-    url: str
-    client: "AsyncOpenAI"
-    failures: int = 0
-    why: str = ""
-    tried_by: asyncio.Task[Any] | None = None
-    failed_at: float = -math.inf
-    aside_until: float = -math.inf
-
-    def is_free(self) -> bool:
-        return not self.failures or (self.tried_by is None and time.monotonic() >= self.aside_until)
-
-    def succeeded(self) -> None:
-        if self.failures:
-            logger.info("%s: %s answers again", _WHERE, self.url)
-        self.failures, self.aside_until = 0, -math.inf
-
-    def failed(self, sent_at: float, why: str, backoff_s: float, retry_after_s: float | None) -> None:
-        """Put it aside. Requests that were under way when it failed before are the same failure, not further ones."""
-        now = time.monotonic()
-        if sent_at >= self.failed_at:
-            self.failures += 1
-            self.failed_at, self.why = now, why
-            pause_s = min(MAX_PAUSE_S, backoff_s * 2 ** (self.failures - 1)) * random.uniform(0.75, 1.25)
-            self.aside_until = now + (pause_s if retry_after_s is None else retry_after_s)
-            if self.failures == 1:
-                logger.warning("%s: %s fails (%s) and is put aside", _WHERE, self.url, why)
-        elif retry_after_s is not None:
-            self.aside_until = max(self.aside_until, now + retry_after_s)
-
-
-class _Servers:
-    """All URLs, in turn."""
-
-    def __init__(self, servers: Sequence[_Server]) -> None:
-        self._servers = servers
-        self._turn = 0
-
-    @property
-    def num_rounds_failed(self) -> int:
-        """How often in a row every single URL has failed."""
-        return min(server.failures for server in self._servers)
-
-    @property
-    def trouble(self) -> str:
-        """What every URL did last."""
-        return "every URL fails, " + "; ".join(f"{server.url}: {server.why}" for server in self._servers)
-
-    def forgive(self) -> None:
-        """A new call begins: pauses go on, and start to grow afresh."""
-        for server in self._servers:
-            server.failures = min(server.failures, 1)
-
-    def take(self) -> _Server | None:
-        """The next URL that is not aside, or None. One that has failed is free for one request at a time."""
-        for step in range(len(self._servers)):
-            server = self._servers[(self._turn + step) % len(self._servers)]
-            if server.is_free():
-                self._turn += step + 1
-                server.tried_by = asyncio.current_task() if server.failures else None
-                return server
-        return None
-
-
-def parse_retry_after(header: str | None) -> float | None:
-    """Seconds, from 0 to MAX_RETRY_AFTER_S, of a Retry-After header (seconds or an HTTP date); None: no such thing."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
-
-
 def _messages(image: np.ndarray, prompt: str) -> list[dict[str, Any]]:
     """The published request: the image, 512x512, as a PNG, then the instruction with the caption."""
     buffer = io.BytesIO()
@@ -412,20 +321,12 @@ def _messages(image: np.ndarray, prompt: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def _client(url: str, key: str | None, timeout_s: float) -> "AsyncOpenAI":
-    from openai import AsyncOpenAI, Timeout
-
-    timeout = Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
-    # A word instead of no key: with None it would take OPENAI_API_KEY, which is not these servers' business.
-    return AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=timeout)
-
-
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence["AsyncOpenAI"]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[Any]) -> None:
     async def close() -> None:
         await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
         loop.stop()

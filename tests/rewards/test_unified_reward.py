@@ -10,8 +10,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from nft_ray.rewards.unified_reward import (
     INSTRUCTION,
     UnifiedReward,
     build,
-    parse_retry_after,
     parse_score,
 )
 from tests.conftest import free_port
@@ -182,18 +179,6 @@ def test_retry_after_is_obeyed() -> None:
     with MisbehavingServer("429 after 0.6", "ok") as server:
         assert np.isfinite(ask([server.url], greys(7)).values).all()
         assert 0.6 <= server.times[1] - server.times[0] < 1.5
-
-
-def test_retry_after_as_seconds_or_date_is_capped() -> None:
-    now = datetime.now(UTC)
-    assert parse_retry_after("2.5") == 2.5
-    assert parse_retry_after("86400") == 60
-    assert parse_retry_after("-3") == 0
-    assert parse_retry_after(format_datetime(now + timedelta(seconds=20), usegmt=True)) == pytest.approx(20, abs=2)
-    assert parse_retry_after(format_datetime(now + timedelta(days=1), usegmt=True)) == 60
-    assert parse_retry_after(format_datetime(now - timedelta(days=1), usegmt=True)) == 0
-    for nothing in (None, "soon", "nan", ""):
-        assert parse_retry_after(nothing) is None
 
 
 def test_a_server_that_always_fails_costs_all_scores_but_no_exception(caplog: pytest.LogCaptureFixture) -> None:
