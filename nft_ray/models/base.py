@@ -58,7 +58,7 @@ class FlowModel(Protocol):
 
 
 class Family(Protocol):
-    """What a family's module holds."""
+    """What a family's module holds; DISTILLED_GUIDANCE, the default, too, where its transformer is told a guidance."""
 
     PIPELINE: Any  # the diffusers pipeline that its LoRAs are exported for
     LORA_TARGETS: tuple[str, ...]
