@@ -19,7 +19,7 @@ from nft_ray.cli.console import Screen
 from nft_ray.cli.lora_source import find_source
 from nft_ray.cli.train import Interrupted, headline
 from nft_ray.config import ExperimentConfig, differences, load, parse
-from nft_ray.cores.publish import checksum
+from nft_ray.cores.publish import announced, checksum
 from nft_ray.evaluation.bootstrap import COVERAGE
 from nft_ray.evaluation.comparison import compare, comparison_table
 from nft_ray.evaluation.evaluator import evaluate, open_requests, pipeline_depth, spaced
@@ -44,7 +44,7 @@ from nft_ray.rewards.base import check_lines, reward_config
 from nft_ray.roles import EvaluationRoles
 from nft_ray.runs import report
 from nft_ray.runs.checkpoint import write_atomically
-from nft_ray.types import Adapters, AdapterWeights, Weights
+from nft_ray.types import Weights
 
 PREFERENCE = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unified_reward")
 DATASET_REWARDS = {"geneval": ("geneval",), "ocr": ("ocr",), "pickscore": PREFERENCE, "drawbench": PREFERENCE}
@@ -210,19 +210,6 @@ async def _roles(
 
     async with evaluation_planes(config, say, dashboard_url) as roles:
         yield roles
-
-
-def announced(weights: Weights) -> Adapters:
-    """A LoRA from a file as version 0: no learner vouches for it, so each sampler shows that it felt it."""
-    digest = checksum(weights)
-    return Adapters(
-        version=0,
-        weights=AdapterWeights(old=weights, ema=weights),
-        num_tensors=len(weights),
-        checksums={"old": digest, "ema": digest},
-        probe=None,
-        probe_base=None,
-    )
 
 
 def _report(config: ExperimentConfig, folder: EvaluationFolder, screen: Screen, shown: Sequence[int]) -> None:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import nft_ray.local
-from nft_ray.cli.evaluate import announced, resolve
+from nft_ray.cli.evaluate import resolve
 from nft_ray.cli.main import main, parser
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.cores.publish import announced
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
