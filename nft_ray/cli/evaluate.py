@@ -12,17 +12,18 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nft_ray.cli.console import Screen
 from nft_ray.cli.lora_source import find_source
-from nft_ray.cli.train import Interrupted, headline
+from nft_ray.cli.train import Interrupted
 from nft_ray.config import ExperimentConfig, differences, load, parse
 from nft_ray.cores.publish import announced, checksum
 from nft_ray.evaluation.bootstrap import COVERAGE
 from nft_ray.evaluation.comparison import compare, comparison_table
-from nft_ray.evaluation.evaluator import evaluate, open_requests, pipeline_depth, spaced
+from nft_ray.evaluation.evaluator import evaluate, open_requests, spaced
 from nft_ray.evaluation.results import (
     COMPARISON,
     SHEET,
@@ -33,18 +34,18 @@ from nft_ray.evaluation.results import (
     identity,
     read_identity,
     read_results,
-    summarise_results,
 )
+from nft_ray.evaluation.summary import headline, summarise_results
 from nft_ray.models.base import check_model
 from nft_ray.models.full import check_weights, read_full
 from nft_ray.models.lora import check_layers, read_lora
-from nft_ray.prompts.draw import PromptSet, load_prompts
+from nft_ray.prompts.draw import PromptSet, evaluation_requests, load_prompts
 from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.rewards.base import check_lines, reward_config
 from nft_ray.roles import EvaluationRoles
 from nft_ray.runs import report
 from nft_ray.runs.checkpoint import write_atomically
-from nft_ray.types import Weights
+from nft_ray.types import Adapter, RolloutRequest, Weights
 
 PREFERENCE = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unified_reward")
 DATASET_REWARDS = {"geneval": ("geneval",), "ocr": ("ocr",), "pickscore": PREFERENCE, "drawbench": PREFERENCE}
@@ -141,19 +142,19 @@ def _run(
 ) -> int:
     screen, shown = Screen(), spaced(len(prompts))
     pictures = frozenset(range(len(prompts)) if args.save_images else shown)
-    requests, kept = open_requests(prompts, config, "ema" if weights else "reference", folder, pictures)
-    if kept and requests:
+    adapter: Adapter = "reference" if weights is None else "ema"
+    requests = evaluation_requests(prompts, config, epoch=0, policy_version=0, adapter=adapter)
+    left, kept = open_requests(requests, folder, pictures)
+    if left and kept:
         screen.say(f"going on: {len(kept)} of {len(prompts)} lines are in {folder.path}")
-    if requests:
-        folder.replace(kept)
+    if left:
         try:
-            _draw_and_score(args, config, folder, screen, requests, weights, len(prompts), pictures)
+            _draw_and_score(args, config, folder, screen, requests, weights, pictures)
         except (KeyboardInterrupt, asyncio.CancelledError):
             done = len(folder.results())
             raise Interrupted(
                 f"interrupted: {done} of {len(prompts)} lines are kept in {folder.path}; run the same command to go on"
             ) from None
-        folder.replace(folder.results())
     _report(config, folder, screen, shown)
     return 0
 
@@ -163,9 +164,8 @@ def _draw_and_score(
     config: ExperimentConfig,
     folder: EvaluationFolder,
     screen: Screen,
-    requests: Sequence[Any],
+    requests: Sequence[RolloutRequest],
     weights: Weights | None,
-    num_lines: int,
     pictures: frozenset[int],
 ) -> None:
     context: Any = nullcontext()
@@ -182,16 +182,8 @@ def _draw_and_score(
         async with _roles(args, config, screen.say, dashboard_url) as roles:
             if weights is not None:
                 await roles.samplers.load(announced(weights))
-            await evaluate(
-                config,
-                roles,
-                folder,
-                requests,
-                num_lines=num_lines,
-                pictures=pictures,
-                at_once=1 if args.local else pipeline_depth(config),
-                progress=screen.progress,
-            )
+            progress = partial(screen.progress, "lines")
+            await evaluate(config, roles, folder, requests, pictures=pictures, progress=progress)
 
     with context as dashboard_url:
         asyncio.run(work(dashboard_url))
@@ -213,7 +205,7 @@ async def _roles(
 
 
 def _report(config: ExperimentConfig, folder: EvaluationFolder, screen: Screen, shown: Sequence[int]) -> None:
-    results = folder.results()
+    results = folder.replace(folder.results())  # in order, even where it was killed at its very end
     summary = summarise_results(results)
     write_atomically(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
     metric = headline(config)

@@ -23,12 +23,12 @@ from safetensors.numpy import load_file
 from nft_ray.cli.train import shared_tags
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.downloads.pipelines import FAILURES
-from nft_ray.evaluation.summary import load_evaluation
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora
 from nft_ray.prompts.draw import load_prompts
 from nft_ray.runs import report
 from nft_ray.runs.checkpoint import whole_checkpoints, write_atomically
+from nft_ray.runs.evaluations import evaluated_epochs, load_evaluation
 from nft_ray.runs.export import export_merged, model_card, shareable
 from nft_ray.runs.stages import stage_at
 from nft_ray.runs.tracking import read_metrics
@@ -135,8 +135,7 @@ def _figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
     """The held-out table of the newest evaluation up to this epoch."""
     stage = stage_at(config, epoch)
     folder, config = stage.results(run), stage.config
-    known = (int(path.stem.removeprefix("epoch-")) for path in (folder / "evaluations").glob("epoch-*.json"))
-    evaluated = max((found for found in known if found <= epoch), default=0)
+    evaluated = max((found for found in evaluated_epochs(folder) if found <= epoch), default=0)
     if evaluated == 0:
         return "not evaluated since training began"
     try:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from actors.placement import needs, table
 from nft_ray.cli.console import Console
 from nft_ray.config import ExperimentConfig, dump, load
-from nft_ray.evaluation.summary import load_evaluation
+from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora
 from nft_ray.prompts.draw import PromptSet, check_prompts, load_prompts
@@ -23,6 +23,7 @@ from nft_ray.rewards.weights import require, weights_root
 from nft_ray.roles import Roles
 from nft_ray.runs import report
 from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
+from nft_ray.runs.evaluations import load_evaluation
 from nft_ray.runs.export import export_policy
 from nft_ray.runs.stages import Stage, stages_of
 from nft_ray.runs.tracking import RunTracker, read_metrics, ui_command
@@ -131,11 +132,6 @@ def _run(
     finally:
         tracker.close(failed=not finished)
     return 0
-
-
-def headline(config: ExperimentConfig) -> str:
-    """The metric that the console shows of an evaluation."""
-    return "geneval/strict" if "geneval" in config.rewards else next(iter(config.trained_weights))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from nft_ray.evaluation.bootstrap import interval
-from nft_ray.evaluation.results import LineResult, values_by_metric
+from nft_ray.evaluation.results import LineResult
+from nft_ray.evaluation.summary import values_by_metric
 from nft_ray.runs.report import table_rows
 
 
