@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 
 from actors.placement import local_needs, needs, table
-from nft_ray.cli.console import Console
+from nft_ray.cli.console import Console, say
 from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import headline
@@ -37,21 +36,21 @@ def train(args: argparse.Namespace) -> int:
         return _dry_run(config, stages, local=args.local)
     prompts = [experiment_prompts(stage.config) for stage in stages]
     for stage in stages:
-        Place(local=args.local, address=args.address, say=_say).check(stage.config)
+        Place(local=args.local, address=args.address, say=say).check(stage.config)
     folder = RunFolder(run_root(config, os.environ) / config.run.name, keep=config.run.keep_checkpoints)
     folder.claim(config, overwrite=args.overwrite)
     if in_submitted_job(os.environ):
-        _say(f"this run is kept in {folder.path}")
+        say(f"this run is kept in {folder.path}")
     start, table = folder.latest(), closing.closed(folder)
     if start is not None and start.epoch >= config.run.num_epochs and table is not None:
-        _say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
+        say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
         return 0
     return _run(args, config, folder, list(zip(stages, prompts, strict=True)), start.epoch if start else 0)
 
 
 def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) -> int:
     """Print the resolved experiment, what each stage needs, and what has to be fetched first."""
-    _say(dump(config))
+    say(dump(config))
     absent: dict[str, None] = {}
     for stage in stages:
         sets = (stage.config.prompts.train, stage.config.prompts.test)
@@ -60,12 +59,12 @@ def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) 
             experiment_prompts(stage.config)
         absent |= dict.fromkeys([*lines, *missing_weights(stage.config.reward_configs)])
         if stage.name:
-            _say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
-        _say(table(local_needs(stage.config) if local else needs(stage.config)))
+            say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
+        say(table(local_needs(stage.config) if local else needs(stage.config)))
     if local:
-        _say("--local: one process, one thing after the other; nothing is reserved, no Ray is started")
+        say("--local: one process, one thing after the other; nothing is reserved, no Ray is started")
     for line in absent:
-        _say(f"not here yet: {line}")
+        say(f"not here yet: {line}")
     return 0
 
 
@@ -112,7 +111,3 @@ async def _train(
         results = RunFolder(folder.path, folder.keep, results=stage.results(folder.path))
         async with place.roles(stage.config, dashboard_url) as roles:
             await Trainer(stage.config, roles, results, console, *prompts, first_epoch=stage.first_epoch).run()
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
