@@ -6,7 +6,7 @@ for more than is free right now is a wait, which says what it waits for (pool.py
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nft_ray.config import ExperimentConfig
 
@@ -62,6 +62,12 @@ def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...
             )
         ]
     return (*workers, *rewards)
+
+
+def local_needs(config: ExperimentConfig) -> tuple[Need, ...]:
+    """What --local runs, as such rows: one of each in one process, with nothing reserved."""
+    apart = config.model_copy(update={"cluster": config.cluster.model_copy(update={"placement": "disaggregated"})})
+    return tuple(replace(row, num_workers=1, num_cpus=0, num_gpus=0) for row in needs(apart))
 
 
 def table(rows: Sequence[Need]) -> str:

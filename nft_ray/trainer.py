@@ -11,17 +11,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-
-import numpy as np
+from functools import partial
 
 from nft_ray.algorithms.base import build_algorithm
-from nft_ray.algorithms.batch import check_missing, make_batch
+from nft_ray.algorithms.batch import make_batch
 from nft_ray.config import ExperimentConfig
-from nft_ray.evaluation.summary import save_evaluation, summarise
-from nft_ray.prompts.draw import PromptSet, epoch_requests, evaluation_requests
+from nft_ray.evaluation.held_out import evaluate_epoch
+from nft_ray.prompts.draw import PromptSet, epoch_requests
 from nft_ray.roles import Roles, Tracker
 from nft_ray.runs.checkpoint import RunFolder
-from nft_ray.types import Adapter, Batch, EvalResult, Rewards, Rollout, RolloutRequest, ScoredGroup
+from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup
 
 
 class Trainer:
@@ -41,7 +40,7 @@ class Trainer:
         *,
         first_epoch: int = 0,
     ) -> None:
-        self.cfg, self.first_epoch = config, first_epoch
+        self.cfg, self.roles, self.first_epoch = config, roles, first_epoch
         self.algorithm = build_algorithm(config.algorithm)
         self.samplers, self.scorers, self.learners = roles.samplers, roles.scorers, roles.learners
         self.folder, self.tracker = folder, tracker
@@ -51,7 +50,7 @@ class Trainer:
         start = next_epoch = await self.restore()  # finished epochs; 0 when fresh
         rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
         if start == self.first_epoch:
-            await self.evaluate(0)
+            await self.evaluate(0, None)
         try:
             for epoch in range(start, self.cfg.run.num_epochs):
                 started = time.perf_counter()
@@ -64,7 +63,7 @@ class Trainer:
                 update = await self.learners.update(batch)
                 await self.samplers.load(update.adapters)  # by reference, acknowledged by checksum
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
-                await self.maybe_evaluate(epoch + 1)
+                await self.maybe_evaluate(epoch + 1, update.adapters)
                 metrics = rollout_metrics(groups) | batch.metrics | update.metrics | times
                 self.tracker.log_epoch(epoch + 1, metrics, update.steps)
                 await self.maybe_save(epoch + 1)  # a checkpoint is a finished epoch
@@ -84,26 +83,20 @@ class Trainer:
         return checkpoint.epoch if checkpoint else 0
 
     async def collect(self, epoch: int) -> list[ScoredGroup]:
-        """Every group of an epoch, sampled with its pinned policy version and scored as soon as it is there."""
-        version = max(0, epoch - self.cfg.run.max_staleness)
+        """Every group of an epoch, sampled with its pinned policy version and scored as soon as it is there.
+
+        In the order of the requests. The first failure cancels the rest: nothing goes on behind it.
+        """
+        version, done = max(0, epoch - self.cfg.run.max_staleness), 0
         requests = epoch_requests(self.train, self.cfg, epoch=epoch, policy_version=version)
-        pairs = await self.gather(f"epoch {epoch + 1}: roll out and score", requests)
-        return [
-            ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
-            for request, (rollout, rewards) in zip(requests, pairs, strict=True)
-        ]
 
-    async def gather(self, what: str, requests: Sequence[RolloutRequest]) -> list[tuple[Rollout, Rewards]]:
-        """Roll out and score them all, in order; the first failure cancels the rest: nothing goes on behind it."""
-        done = 0
-
-        async def roll_out_and_score(request: RolloutRequest) -> tuple[Rollout, Rewards]:
+        async def roll_out_and_score(request: RolloutRequest) -> ScoredGroup:
             nonlocal done
             rollout = await self.samplers.rollout(request)
             rewards = await self.scorers.score(request, rollout)
             done += 1
-            self.tracker.log_progress(what, done, len(requests))
-            return rollout, rewards
+            self.tracker.log_progress(f"epoch {epoch + 1}: roll out and score", done, len(requests))
+            return ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -112,29 +105,23 @@ class Trainer:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def evaluate(self, epoch: int) -> EvalResult:
-        """The EMA policy (at epoch 0: the base model) on the held-out lines, each once."""
-        started = time.perf_counter()
-        adapter: Adapter = "ema" if epoch else "reference"
-        requests = evaluation_requests(self.test, self.cfg, epoch=epoch, policy_version=epoch, adapter=adapter)
-        pairs = await self.gather(f"evaluate after {epoch} epochs", requests)
-        images: dict[int, np.ndarray] = {}
-        for request, (rollout, _) in zip(requests, pairs, strict=True):
-            lines = [item.prompt.id for item in request.items]
-            if set(lines) & set(self.cfg.evaluation.picture_lines):
-                rows = zip(lines, await self.samplers.images(rollout), strict=True)
-                images |= {line: image for line, image in rows if line in self.cfg.evaluation.picture_lines}
-        rewards = [rewards for _, rewards in pairs]
-        limit = self.cfg.scorers.max_missing_fraction
-        check_missing(rewards, self.cfg.trained_weights, limit, f"evaluation after {epoch} epochs")
-        result = summarise(requests, rewards, images, seconds=time.perf_counter() - started)
-        save_evaluation(self.folder.results, epoch, result)
-        self.tracker.log_evaluation(epoch, result)
-        return result
-
-    async def maybe_evaluate(self, epoch: int) -> None:
+    async def maybe_evaluate(self, epoch: int, adapters: Adapters) -> None:
         if epoch % self.cfg.evaluation.every == 0 or epoch == self.cfg.run.num_epochs:
-            await self.evaluate(epoch)
+            await self.evaluate(epoch, adapters)
+
+    async def evaluate(self, epoch: int, adapters: Adapters | None) -> None:
+        """The EMA policy that was just published (None: the base model) on the held-out lines, each once."""
+        progress = partial(self.tracker.log_progress, f"evaluate after {epoch} epochs")
+        result = await evaluate_epoch(
+            self.cfg,
+            self.roles,
+            self.test,
+            self.folder.results,
+            epoch=epoch,
+            adapters=adapters,
+            progress=progress,
+        )
+        self.tracker.log_evaluation(epoch, result)
 
     def make_batch(self, groups: Sequence[ScoredGroup]) -> Batch:
         """The update of one epoch: what each sample weighs, in which optimizer step, on which learner."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,16 @@ class World:
 
     size = 1
 
-    def __init__(self, config: ExperimentConfig, fail_at: str = "") -> None:
-        self.config, self.fail_at = config, fail_at
+    def __init__(self, config: ExperimentConfig, fail_at: str = "", survive: int = 0) -> None:
+        """`fail_at` is a note at which it fails, but not the first `survive` times."""
+        self.config, self.fail_at, self.survive = config, fail_at, survive
         self.sampler, self.learner = FakeSamplerCore(config), FakeLearnerCore(config)
         self.diary: list[str] = []
         self.requests: list[RolloutRequest] = []
 
     def note(self, what: str) -> None:
         self.diary.append(what)
-        if what == self.fail_at:
+        if what == self.fail_at and self.diary.count(what) > self.survive:
             raise RuntimeError(f"{what} failed")
 
     async def load(self, adapters: Adapters) -> None:
@@ -122,9 +124,15 @@ def config_for(staleness: int = 0, epochs: int = 4, **run: Any) -> ExperimentCon
 
 
 def train(
-    config: ExperimentConfig, folder: Path, fail_at: str = "", *, first_epoch: int = 0, results: Path | None = None
+    config: ExperimentConfig,
+    folder: Path,
+    fail_at: str = "",
+    *,
+    survive: int = 0,
+    first_epoch: int = 0,
+    results: Path | None = None,
 ) -> tuple[World, Diary]:
-    world, tracker = World(config, fail_at), Diary()
+    world, tracker = World(config, fail_at, survive), Diary()
     roles: Any = Roles(samplers=world, scorers=world, learners=world)
     prompts, place = PromptSet(lines=LINES), RunFolder(folder, results=results)
     asyncio.run(Trainer(config, roles, place, tracker, prompts, prompts, first_epoch=first_epoch).run())
@@ -174,6 +182,44 @@ def test_the_base_is_evaluated_first_and_the_ema_policy_every_n_epochs(tmp_path:
         lines = [item.prompt.id for r in evaluations if r.epoch == epoch for item in r.items]
         assert lines == list(range(20))  # each line once, in the batches that the config fixes
         assert sorted(tracker.evaluations[epoch].images) == list(range(8))
+
+
+def lines_drawn(world: World, epoch: int) -> list[int]:
+    return [item.prompt.id for r in world.requests if r.split == "eval" and r.epoch == epoch for item in r.items]
+
+
+def lines_kept(results: Path, epoch: int) -> list[int]:
+    file = results / "evaluations" / f"epoch-{epoch:06d}" / "results.jsonl"
+    return [json.loads(line)["line"] for line in file.read_text().splitlines()]
+
+
+def test_an_evaluation_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    straight, wanted = train(config_for(), tmp_path / "straight")
+    with pytest.raises(RuntimeError, match="failed"):
+        train(config_for(), tmp_path / "broken", "eval 2 with ema 2", survive=2)
+    kept = lines_kept(tmp_path / "broken", 2)
+    resumed, tracker = train(config_for(), tmp_path / "broken")
+    assert lines_drawn(straight, 2) == list(range(20))
+    assert lines_drawn(resumed, 0) == [], "the base was finished"
+    assert set(kept) >= set(range(8, 16))
+    assert lines_drawn(resumed, 2) == [line for line in range(20) if line not in kept]
+    for epoch in (0, 2, 4):
+        found, before = tracker.evaluations[epoch], wanted.evaluations[epoch]
+        assert (found.metrics, found.counts, found.right) == (before.metrics, before.counts, before.right)
+        assert sorted(found.images) == list(range(8))
+
+
+def test_an_evaluation_of_another_policy_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Resumed with fewer learners, say, the last bits of the policy are others than before the kill."""
+    with pytest.raises(RuntimeError, match="failed"):
+        train(config_for(), tmp_path, "eval 2 with ema 2", survive=2)
+    assert set(lines_kept(tmp_path, 2)) >= set(range(8, 16))
+    file = tmp_path / "evaluations" / "epoch-000002" / "evaluation.json"
+    text = file.read_text()
+    assert text.count('"checksum": "lora:') == 1, "the EMA's"
+    file.write_text(text.replace('"checksum": "lora:', '"checksum": "lora:00'))
+    resumed, _ = train(config_for(), tmp_path)
+    assert lines_drawn(resumed, 2) == list(range(20))
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -14,8 +14,7 @@ from deployments.build import check_port, deploy
 from deployments.plane import delete
 from nft_ray.cli.connection import check_reachable, joins
 from nft_ray.config import ExperimentConfig
-from nft_ray.rewards.base import TorchRewardConfig, reward_files
-from nft_ray.rewards.weights import require, weights_root
+from nft_ray.rewards.weights import missing_weights
 from nft_ray.roles import EvaluationRoles, Roles
 
 LOOPBACK = "127.0.0.1"
@@ -31,9 +30,8 @@ def check_before_start(config: ExperimentConfig, address: str | None, *, trainin
         raise ValueError(f"cluster.dashboard_port = {port}: the port is in use; choose another, or leave it out")
     if config.scorers.http is not None:
         check_port(config.scorers.http)
-    for name, reward in config.reward_configs.items():
-        if isinstance(reward, TorchRewardConfig):
-            require(name, reward_files(name, reward), weights_root(reward.weights))
+    if absent := missing_weights(config.reward_configs):
+        raise ValueError(absent[0])
     check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()}, training=training)
 
 

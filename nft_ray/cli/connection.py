@@ -6,8 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import ray
+from typing import Any
 
 CONNECT_S = 10.0
 
@@ -15,6 +14,8 @@ CONNECT_S = 10.0
 @contextmanager
 def joined(address: str | None) -> Iterator[str | None]:
     """A Ray that runs already, for a command that looks at it; gives its dashboard's host:port."""
+    import ray  # seconds that `--help` and `--local` need not wait
+
     check_reachable(address)
     try:
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
@@ -27,6 +28,17 @@ def joined(address: str | None) -> Iterator[str | None]:
         yield context.dashboard_url or None
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def dashboard_of(address: str | None) -> Iterator[Any]:
+    """A connected Ray and its `deployments.plane.Dashboard`, which Serve is asked through."""
+    from deployments.plane import Dashboard
+
+    with joined(address) as url:
+        if url is None:
+            raise RuntimeError("this Ray cluster runs without its dashboard, which Serve is asked through")
+        yield Dashboard(url)
 
 
 def check_reachable(address: str | None) -> None:

@@ -13,6 +13,12 @@ from nft_ray.types import EvalResult
 EVERY_S = 10.0
 
 
+def say(line: str) -> None:
+    """A line on standard output, for a command that has no more to show."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 class Screen:
     """Lines that stay, and one that says how far something is."""
 

@@ -6,11 +6,11 @@ make geneval --output FILE         write prompts by GenEval's template rules, wi
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nft_ray.cli.console import say
 from nft_ray.prompts.geneval import lines
 from nft_ray.prompts.sets import DATASETS, data_root, dataset_files
 
@@ -44,8 +44,8 @@ def _fetch(args: argparse.Namespace) -> int:
     from nft_ray.downloads.fetch import fetch
 
     files, root = dataset_files(args.names), data_root(args.data)
-    _say(f"{len(files)} files, about {sum(file.mib for file in files):.1f} MiB, into {root}")
-    fetch(files, root, _say)
+    say(f"{len(files)} files, about {sum(file.mib for file in files):.1f} MiB, into {root}")
+    fetch(files, root, say)
     return 0
 
 
@@ -62,10 +62,5 @@ def _make(args: argparse.Namespace) -> int:
     made = lines(args.seed, args.per_tag)
     target.write_text("".join(json.dumps(line) + "\n" for line in made))
     counts = Counter(line["tag"] for line in made)
-    _say(f"{target}: {len(made)} prompts ({', '.join(f'{tag} {count}' for tag, count in counts.items())})")
+    say(f"{target}: {len(made)} prompts ({', '.join(f'{tag} {count}' for tag, count in counts.items())})")
     return 0
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

@@ -5,11 +5,11 @@ be stopped and started again, or run for several experiments with one folder.
 """
 
 import argparse
-import sys
 import time
 
 import torch
 
+from nft_ray.cli.console import say
 from nft_ray.config import load
 from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import check_model, family, quiet_libraries
@@ -40,12 +40,7 @@ def encode(args: argparse.Namespace) -> int:
         encoder.encode(absent[start : start + BATCH])
         if time.monotonic() - told > REPORT_S:
             told = time.monotonic()
-            _say(f"{min(start + BATCH, len(absent))} of {len(absent)} prompts are encoded")
+            say(f"{min(start + BATCH, len(absent))} of {len(absent)} prompts are encoded")
     there = len(set(texts)) - len(absent)
-    _say(f"{len(absent)} prompts encoded, {there} were there: {model.precomputed}")
+    say(f"{len(absent)} prompts encoded, {there} were there: {model.precomputed}")
     return 0
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from nft_ray.cli import data, rewards
+from nft_ray.cli.place import Interrupted
 
 LIGHT = {"rewards": rewards.rewards, "data": data.data}
 """Commands that start without torch."""
@@ -94,10 +95,11 @@ def _add_export(commands: Any) -> None:
 
 
 def _heavy(args: argparse.Namespace) -> int:
-    from nft_ray.cli.train import Interrupted, train  # brings torch: seconds that no other command should wait
-
+    """The commands that bring torch: seconds that no other command should wait."""
     try:
         if args.command == "train":
+            from nft_ray.cli.train import train
+
             return train(args)
         if args.command == "export":
             from nft_ray.cli.export import export_command

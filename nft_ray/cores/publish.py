@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nft_ray.models.base import FlowModel
-from nft_ray.types import Adapters, LoadReceipt, Weights
+from nft_ray.types import Adapters, AdapterWeights, LoadReceipt, Weights
 
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |difference| / |velocity| that rounding explains between two processes; see tests/cores/test_sampler.py."""
@@ -32,6 +32,19 @@ def digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
         digest.update(f"{name}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value, dtype=np.float32).data)
     return digest.hexdigest()[:32]
+
+
+def announced(weights: Weights) -> Adapters:
+    """A policy from a file as version 0: no learner vouches for it, so each sampler shows that it felt it."""
+    found = checksum(weights)
+    return Adapters(
+        version=0,
+        weights=AdapterWeights(old=weights, ema=weights),
+        num_tensors=len(weights),
+        checksums={"old": found, "ema": found},
+        probe=None,
+        probe_base=None,
+    )
 
 
 @torch.no_grad()

@@ -1,13 +1,18 @@
 """Two evaluations of the same lines with the same noise: what B changed, line by line, against A."""
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nft_ray.evaluation.bootstrap import interval
-from nft_ray.evaluation.results import LineResult, values_by_metric
+from nft_ray.config import differences
+from nft_ray.evaluation.bootstrap import COVERAGE, interval
+from nft_ray.evaluation.results import COMPARISON, LineResult, read_identity, read_results
+from nft_ray.evaluation.summary import values_by_metric
+from nft_ray.runs.checkpoint import write_atomically
 from nft_ray.runs.report import table_rows
 
 
@@ -47,6 +52,25 @@ def compare(a: Sequence[LineResult], b: Sequence[LineResult], names: tuple[str, 
     return pairs
 
 
+def compare_folders(a: Path, b: Path, names: tuple[str, str], output: Path) -> tuple[list[str], dict[str, Paired]]:
+    """(what the two evaluations differ in, the pairs); both are written to OUTPUT/compare.json as well.
+
+    ValueError with one line where one of them is not finished, or they cannot be paired.
+    """
+    pairs = compare(_finished(a), _finished(b), names)
+    changed = differences(read_identity(a), read_identity(b))
+    found = {
+        "a": names[0],
+        "b": names[1],
+        "differs_in": changed,
+        "coverage": COVERAGE,
+        "metrics": {name: asdict(pair) for name, pair in pairs.items()},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / COMPARISON, json.dumps(found, indent=1) + "\n")
+    return changed, pairs
+
+
 def comparison_table(pairs: dict[str, Paired]) -> str:
     """As for one evaluation, a row per metric: both means, the difference with its interval, lines better and worse."""
     shown = table_rows(pairs)
@@ -62,6 +86,14 @@ def comparison_table(pairs: dict[str, Paired]) -> str:
             f"  {bounds:>20}  {pair.better:>6}  {pair.worse:>6}"
         )
     return "\n".join(rows)
+
+
+def _finished(folder: Path) -> list[LineResult]:
+    """Every line of an evaluation, in order; ValueError where it is not finished: two halves compare other prompts."""
+    found, wanted = read_results(folder, whole=False), read_identity(folder)["prompts"]["lines"]
+    if len(found) != wanted:
+        raise ValueError(f"{folder}: has {len(found)} of {wanted} lines: run its command again to finish it")
+    return sorted(found, key=lambda result: result.line)  # killed at its very end, it is not in order yet
 
 
 def _paired(a: np.ndarray, b: np.ndarray, prompts: np.ndarray, *, missing: int) -> Paired:

@@ -3,7 +3,8 @@
     request ──► samplers.rollout ──► scorers.score ──► pictures, then lines ──► folder
        (at most so many at once: images wait for no one in the object store)
 
-A batch that is in the folder, whole and with every score, is not drawn again. It knows no Ray and no torch.
+A batch that is in the folder, whole and with every score, is not drawn again. The trainer (held_out.py) and `nft-ray
+evaluate` both end here. It knows no Ray and no torch.
 """
 
 import asyncio
@@ -13,19 +14,18 @@ import numpy as np
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results
-from nft_ray.prompts.draw import PromptSet, evaluation_requests
 from nft_ray.roles import EvaluationRoles
-from nft_ray.types import Adapter, RolloutRequest
+from nft_ray.types import RolloutRequest
 
 PICTURES = 24
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
+"""Told (lines that are done, lines of the whole set)."""
 
 
 def open_requests(
-    prompts: PromptSet, config: ExperimentConfig, adapter: Adapter, folder: EvaluationFolder, pictures: Collection[int]
+    requests: Sequence[RolloutRequest], folder: EvaluationFolder, pictures: Collection[int]
 ) -> tuple[tuple[RolloutRequest, ...], list[LineResult]]:
     """(what is left to do, what is done): batches stay whole, for an image may depend on its neighbours' number."""
-    requests = evaluation_requests(prompts, config, epoch=0, policy_version=0, adapter=adapter)
     results = {result.line: result for result in folder.results()}
 
     def done(line: int) -> bool:
@@ -46,18 +46,19 @@ async def evaluate(
     folder: EvaluationFolder,
     requests: Sequence[RolloutRequest],
     *,
-    num_lines: int,
     pictures: Collection[int],
-    at_once: int,
     progress: Progress,
-) -> None:
-    """Work off the requests. RuntimeError once more lines miss a reward than `scorers.max_missing_fraction` allows.
+) -> list[LineResult]:
+    """Work off what the folder lacks of the requests (those of the whole set); returns every line, in order.
 
-    What was scored by then is kept. `num_lines`: of the whole prompt set; `progress(what, done, of)` is told.
-    At most `at_once` requests are anywhere between a sampler and the folder.
+    `pictures`: lines whose image is kept. RuntimeError once more lines miss a reward than
+    `scorers.max_missing_fraction` allows, or all do; what was scored by then is kept.
     """
-    room = asyncio.Semaphore(at_once)
-    done, missing = num_lines - sum(request.num_images for request in requests), 0
+    left, kept = open_requests(requests, folder, pictures)
+    folder.replace(kept)
+    room = asyncio.Semaphore(pipeline_depth(config))
+    trained = config.trained_weights.keys()  # a reward that is only measured stops nothing, as in training
+    num_lines, done, missing = sum(request.num_images for request in requests), len(kept), 0
 
     async def one(request: RolloutRequest) -> None:
         nonlocal done, missing
@@ -71,9 +72,9 @@ async def evaluate(
         lines = line_results(request, rewards)
         folder.append(lines)
         done += len(lines)
-        missing += sum(bool(line.missing) for line in lines)
-        progress("lines", done, num_lines)
-        if missing > config.scorers.max_missing_fraction * num_lines:
+        missing += sum(not trained.isdisjoint(line.missing) for line in lines)
+        progress(done, num_lines)
+        if missing > config.scorers.max_missing_fraction * num_lines or missing == num_lines:
             raise RuntimeError(
                 f"{missing} of {num_lines} lines miss a reward ({_named(lines)} in the last batch); "
                 f"scorers.max_missing_fraction allows {config.scorers.max_missing_fraction:.0%}; what was scored is "
@@ -82,14 +83,15 @@ async def evaluate(
 
     try:
         async with asyncio.TaskGroup() as group:
-            for request in requests:
+            for request in left:
                 group.create_task(one(request))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
+    return folder.replace(folder.results())
 
 
 def pipeline_depth(config: ExperimentConfig) -> int:
-    """Requests that keep every sampler and every reward busy."""
+    """Requests that keep every sampler and every reward busy: so many are between a sampler and the folder."""
     return config.sampler.num_workers * config.sampler.max_in_flight + config.scorers.max_in_flight
 
 

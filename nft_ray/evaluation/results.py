@@ -12,8 +12,7 @@ and resumed gives the same bytes. Nothing in results.jsonl depends on time, work
 import fcntl
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ import numpy as np
 from PIL import Image
 
 from nft_ray.config import ExperimentConfig, LoraConfig, differences
-from nft_ray.evaluation.bootstrap import interval
-from nft_ray.evaluation.summary import by_metric, tag_of
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.base import RewardConfig
 from nft_ray.runs.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
@@ -72,20 +69,28 @@ class EvaluationFolder:
     def claim(self, identity: Mapping[str, Any], about: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
         """Make the folder this evaluation's, or see that it is, and keep others out until the end.
 
-        ValueError lists what differs where it holds another evaluation, or says that one is at work there.
+        ValueError lists what differs where it holds another evaluation, or says that one is at work there. `overwrite`:
+        what is there goes, whatever it is.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"--output {self.path}: another evaluation is at work there") from None
+                raise ValueError(f"{self.path}: another evaluation is at work there") from None
             if overwrite:
                 self._clear()
             self._check(identity)
             text = json.dumps({"identity": identity, "about": about}, indent=1)
             write_atomically(self.path / IDENTITY, text + "\n")
             yield
+
+    def holds(self, identity: Mapping[str, Any]) -> bool:
+        """Is what is there of this evaluation, so that it may go on?"""
+        try:
+            return not differences(read_identity(self.path), identity)
+        except ValueError:
+            return False
 
     def results(self) -> list[LineResult]:
         """Every whole line, in the order of the file; what a kill cut off at its end is left out."""
@@ -96,10 +101,11 @@ class EvaluationFolder:
         with (self.path / RESULTS).open("a", encoding="utf-8") as file:
             file.write("".join(map(_encoded, batch)))
 
-    def replace(self, results: Iterable[LineResult]) -> None:
-        """Write the file anew, in the order of lines."""
+    def replace(self, results: Iterable[LineResult]) -> list[LineResult]:
+        """Write the file anew, in the order of lines; returns them."""
         lines = sorted(results, key=lambda result: result.line)
         write_atomically(self.path / RESULTS, "".join(map(_encoded, lines)))
+        return lines
 
     def image_path(self, line: int) -> Path:
         return self.path / "images" / f"{line:06d}.png"
@@ -199,41 +205,13 @@ def line_results(request: RolloutRequest, rewards: Rewards) -> list[LineResult]:
         LineResult(
             line=item.prompt.id,
             prompt=item.prompt.text,
-            tag=tag_of(item.prompt),
+            tag=str(item.prompt.metadata.get("tag", "")),
             seed=item.seeds[0],
             scores={name: _number(values[i]) for name, values in sorted(rewards.raw.items())},
             details={name: _number(values[i]) for name, values in sorted(rewards.details.items())},
         )
         for i, item in enumerate(request.items)
     ]
-
-
-def values_by_metric(results: Sequence[LineResult]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric -> its lines, in their order: values f64 (N,), NaN where missing; a number of its prompt, i64 (N,)."""
-    names = sorted({name for result in results for name in (*result.scores, *result.details)})
-    prompts = np.unique([result.prompt for result in results], return_inverse=True)[1]
-    tags = [result.tag for result in results]
-    values = by_metric({name: np.array([_value(result, name) for result in results]) for name in names}, tags)
-    numbers = by_metric(dict.fromkeys(names, prompts), tags)
-    return {metric: (values[metric], numbers[metric]) for metric in values}
-
-
-def summarise_results(results: Sequence[LineResult]) -> dict[str, dict[str, float | int | None]]:
-    """What summary.json holds: metric -> mean, the 95 % interval around it, lines with a score and without."""
-    summary: dict[str, dict[str, float | int | None]] = {}
-    for metric, (values, prompts) in values_by_metric(results).items():
-        scored = np.isfinite(values)
-        present = values[scored]
-        low, high = interval(present, prompts[scored]) if len(present) else (None, None)
-        mean = float(present.mean()) if len(present) else None
-        missing = len(values) - len(present)
-        summary[metric] = {"mean": mean, "low": low, "high": high, "count": len(present), "missing": missing}
-    return summary
-
-
-def _value(result: LineResult, name: str) -> float:
-    found = result.scores.get(name, result.details.get(name))
-    return math.nan if found is None else found
 
 
 def _number(value: np.floating) -> float | None:

@@ -1,48 +1,56 @@
-"""From scored evaluation rollouts to figures: means over the test lines, per tag, each line counted once.
+"""From scored lines to figures: means over the test lines, per tag, each line counted once.
 
 A line whose reward is missing is left out of that mean and counted: `counts` says how many lines stand behind each.
 """
 
-import json
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nft_ray.types import EvalResult, Prompt, Rewards, RolloutRequest
+from nft_ray.config import ExperimentConfig
+from nft_ray.evaluation.bootstrap import interval
+from nft_ray.evaluation.results import LineResult
+from nft_ray.types import EvalResult
+
+STRICT = "/strict"
+"""A detail with this name says of an image whether it is exactly what was asked for: 1, or not."""
 
 
-def summarise(
-    requests: Sequence[RolloutRequest],
-    rewards: Sequence[Rewards],
-    images: Mapping[int, np.ndarray],
-    *,
-    seconds: float,
-) -> EvalResult:
-    """Mean per reward (`geneval`), detail (`geneval/strict`) and, where lines have it, tag (`.../strict/colors`)."""
-    prompts = [item.prompt for request in requests for item in request.items for _ in range(item.num_images)]
-    names = sorted({name for r in rewards for name in (*r.raw, *r.details)})
-    values = {name: np.concatenate([r.values(name) for r in rewards]) for name in names}
-    found = by_metric(values, [tag_of(prompt) for prompt in prompts])
-    right: dict[int, bool] = {}
-    for name in names:
-        if name.endswith("/strict"):
-            lines = zip(prompts, values[name].tolist(), strict=True)
-            right |= {prompt.id: value == 1 for prompt, value in lines if prompt.id in images}
-    present = {key: chosen[np.isfinite(chosen)] for key, chosen in found.items()}
+def summarise(results: Sequence[LineResult], images: Mapping[int, np.ndarray], *, seconds: float) -> EvalResult:
+    """The figures of one evaluation of a run; `images`: line -> uint8 (H, W, 3), the pictures to keep."""
+    strict = max((name for result in results for name in result.details if name.endswith(STRICT)), default=None)
+    found = {name: values[np.isfinite(values)] for name, (values, _) in values_by_metric(results).items()}
     return EvalResult(
-        metrics={key: float(chosen.mean()) for key, chosen in present.items() if len(chosen)},
-        counts={key: len(chosen) for key, chosen in present.items()},
+        metrics={name: float(values.mean()) for name, values in found.items() if len(values)},
+        counts={name: len(values) for name, values in found.items()},
         images=dict(images),
         seconds=seconds,
-        right=right,
+        right={result.line: result.details.get(strict) == 1 for result in results if strict and result.line in images},
     )
 
 
-def tag_of(prompt: Prompt) -> str:
-    """GenEval's tag of a line, or nothing."""
-    return str(prompt.metadata.get("tag", ""))
+def summarise_results(results: Sequence[LineResult]) -> dict[str, dict[str, float | int | None]]:
+    """What summary.json holds: metric -> mean, the 95 % interval around it, lines with a score and without."""
+    summary: dict[str, dict[str, float | int | None]] = {}
+    for metric, (values, prompts) in values_by_metric(results).items():
+        scored = np.isfinite(values)
+        present = values[scored]
+        low, high = interval(present, prompts[scored]) if len(present) else (None, None)
+        mean = float(present.mean()) if len(present) else None
+        missing = len(values) - len(present)
+        summary[metric] = {"mean": mean, "low": low, "high": high, "count": len(present), "missing": missing}
+    return summary
+
+
+def values_by_metric(results: Sequence[LineResult]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric -> its lines, in their order: values f64 (N,), NaN where missing; a number of its prompt, i64 (N,)."""
+    names = sorted({name for result in results for name in (*result.scores, *result.details)})
+    prompts = np.unique([result.prompt for result in results], return_inverse=True)[1]
+    tags = [result.tag for result in results]
+    values = by_metric({name: np.array([_value(result, name) for result in results]) for name in names}, tags)
+    numbers = by_metric(dict.fromkeys(names, prompts), tags)
+    return {metric: (values[metric], numbers[metric]) for metric in values}
 
 
 def by_metric(values: Mapping[str, np.ndarray], tags: Sequence[str]) -> dict[str, np.ndarray]:
@@ -58,32 +66,11 @@ def by_metric(values: Mapping[str, np.ndarray], tags: Sequence[str]) -> dict[str
     }
 
 
-def save_evaluation(folder: Path, epoch: int, result: EvalResult) -> None:
-    """Write FOLDER/evaluations/epoch-000010.{json,npz}: the figures and the pictures' pixels."""
-    target = folder / "evaluations"
-    target.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "epoch": epoch,
-        "metrics": result.metrics,
-        "counts": result.counts,
-        "seconds": result.seconds,
-        "right": {str(line): right for line, right in result.right.items()},
-    }
-    pictures: dict[str, Any] = {str(line): image for line, image in result.images.items()}
-    np.savez_compressed(target / f"epoch-{epoch:06d}.npz", **pictures)
-    (target / f"epoch-{epoch:06d}.json").write_text(json.dumps(figures, indent=1))
+def headline(config: ExperimentConfig) -> str:
+    """The metric that is shown where there is room for one."""
+    return "geneval/strict" if "geneval" in config.rewards else next(iter(config.trained_weights))
 
 
-def load_evaluation(folder: Path, epoch: int) -> EvalResult:
-    """What `save_evaluation` wrote; FileNotFoundError where it did not."""
-    target = folder / "evaluations"
-    figures = json.loads((target / f"epoch-{epoch:06d}.json").read_text())
-    with np.load(target / f"epoch-{epoch:06d}.npz") as arrays:
-        images = {int(line): arrays[line] for line in arrays}
-    return EvalResult(
-        metrics=figures["metrics"],
-        counts=figures["counts"],
-        images=images,
-        seconds=figures["seconds"],
-        right={int(line): right for line, right in figures.get("right", {}).items()},  # old runs have none
-    )
+def _value(result: LineResult, name: str) -> float:
+    found = result.scores.get(name, result.details.get(name))
+    return math.nan if found is None else found

@@ -1,4 +1,4 @@
-"""Prompt sets and what an epoch asks for: pure functions of (file, seeds, epoch). Knows no model and no reward.
+"""Prompt sets and what an epoch asks for: pure functions of (file, seeds, epoch). Knows no model.
 
 The unit is a LINE: its index is the group key, whatever the text says, so equal prompts on two lines are two groups.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.prompts.sets import prompt_file
+from nft_ray.rewards.base import check_lines
 from nft_ray.seeding import evaluation_seed, image_seed, permutation
 from nft_ray.types import Adapter, Prompt, RolloutItem, RolloutRequest
 
@@ -46,6 +47,21 @@ def load_prompts(spec: str) -> PromptSet:
     return PromptSet(lines=lines)
 
 
+def experiment_prompts(config: ExperimentConfig) -> tuple[PromptSet, PromptSet]:
+    """(train, test); ValueError with one line where they are not there, too few, or not what a reward needs."""
+    train, test = load_prompts(config.prompts.train), load_prompts(config.prompts.test)
+    check_prompts(train, config)
+    for prompts in (train, test):
+        check_scorable(prompts, config)
+    return train, test
+
+
+def check_scorable(prompts: PromptSet, config: ExperimentConfig) -> None:
+    """ValueError for the first line that a reward of the experiment cannot score, naming both."""
+    for name, reward in config.reward_configs.items():
+        check_lines(name, ((line.text, line.metadata) for line in prompts.lines), reward)
+
+
 def check_prompts(train: PromptSet, config: ExperimentConfig) -> None:
     """ValueError where an epoch draws more groups than there are lines to draw from, without replacement."""
     wanted = config.prompts.groups_per_epoch
@@ -54,6 +70,12 @@ def check_prompts(train: PromptSet, config: ExperimentConfig) -> None:
             f"prompts.groups_per_epoch = {wanted}: drawn without replacement from the {len(train)} lines of "
             f"{config.prompts.train}; use at most {len(train)}"
         )
+
+
+def shared_tags(train: PromptSet, test: PromptSet) -> set[str]:
+    """Tags with a test prompt that is also trained on: their figures are not held out."""
+    trained = {prompt.text for prompt in train.lines}
+    return {str(prompt.metadata["tag"]) for prompt in test.lines if prompt.text in trained and "tag" in prompt.metadata}
 
 
 def epoch_requests(

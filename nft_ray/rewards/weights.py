@@ -5,10 +5,11 @@ anyone with a copy. Nothing here is downloaded at load: a replica that starts re
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nft_ray.downloads.published import PublishedFile
+from nft_ray.rewards.base import RewardConfig, TorchRewardConfig, reward_files
 
 
 def weights_root(configured: str | None = None) -> Path:
@@ -26,3 +27,15 @@ def require(reward: str, files: Sequence[PublishedFile], root: Path) -> None:
             f"rewards.{reward}: {root / absent[0].path} is missing{others}: run `nft-ray rewards fetch {reward}`, "
             f"or put {absent[0].origin} there"
         )
+
+
+def missing_weights(rewards: Mapping[str, RewardConfig]) -> list[str]:
+    """A line for each of these rewards whose published files are not here."""
+    lines = []
+    for name, reward in rewards.items():
+        if isinstance(reward, TorchRewardConfig):
+            try:
+                require(name, reward_files(name, reward), weights_root(reward.weights))
+            except ValueError as error:
+                lines.append(str(error))
+    return lines

@@ -1,30 +1,97 @@
-"""What others get of a trained policy: a merged transformer, and the card that says where the LoRA comes from.
+"""What others get of a trained policy, all of it loading in plain diffusers.
 
-The LoRA file itself is written by `nft_ray.models.lora.export_lora`, as at the end of every run. Everything here loads
-in plain diffusers.
+    DIR/pytorch_lora_weights.safetensors    the LoRA: float32, alpha in its metadata
+    DIR/README.md, reward_curve.png         the model card (card.py)
+    DIR/config.yaml                         the experiment
+    DIR/transformer/                        merged, beside the LoRA; of model.tuning: full, instead of it
+
+The LoRA file itself is written by `nft_ray.models.lora.export_lora`, as at the end of every run.
 """
 
-import inspect
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from safetensors.numpy import load_file
 
-from nft_ray.config import ClusterConfig, ExperimentConfig, ModelConfig, RunConfig, TrackingConfig, dump
-from nft_ray.downloads.pipelines import NANO, location, prepare
+from nft_ray.config import ExperimentConfig, ModelConfig, dump, load
+from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import family, load_model
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora, merged
-from nft_ray.runs.stages import stage_at, stages_of
+from nft_ray.prompts.draw import load_prompts, shared_tags
+from nft_ray.runs import report
+from nft_ray.runs.card import model_card, shareable
+from nft_ray.runs.checkpoint import whole_checkpoints, write_atomically
+from nft_ray.runs.evaluations import evaluated_epochs, load_evaluation
+from nft_ray.runs.stages import stage_at
+from nft_ray.runs.tracking import read_metrics
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """As safetensors spells them."""
-TITLE_WIDTH = 100
+
+
+TRANSFORMER = "transformer"
+LORA = "pytorch_lora_weights.safetensors"
+BESIDE = ("README.md", "reward_curve.png", "config.yaml")
+
+
+def export_run(
+    run: Path, output: Path | None, *, epoch: int | None, merge: bool, hub_id: str | None = None
+) -> tuple[Path, list[str]]:
+    """Write the export of a run's checkpoint after `epoch` epochs (None: the newest); (folder, what was written).
+
+    `hub_id`: where it will be pushed to, for the card. ValueError with one line before anything is written.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"export {run}: holds no config.yaml; name the folder of a run, such as runs/quickstart")
+    config = load(run / "config.yaml")
+    full = config.model.tuning == "full"
+    checkpoint = _checkpoint(run, epoch)
+    state = json.loads((checkpoint / "state.json").read_text())
+    target = output or run / f"export-{checkpoint.name}"
+    if (target / TRANSFORMER).exists() and not (merge or full):
+        raise ValueError(f"--output {target}: holds a merged transformer; add --merge, or choose another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    weights, merged_dtype = load_file(checkpoint / "ema.safetensors"), None
+    if full:  # all of it is trained: there is nothing to merge
+        export_transformer(weights, config.model, target / TRANSFORMER)
+    else:
+        export_lora(weights, config.model, target)
+        merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if merge else None
+    lines = [line for line in read_metrics(run) if line["epoch"] <= state["epoch"]]
+    report.reward_curve(lines, target / "reward_curve.png")
+    write_atomically(target / "config.yaml", dump(shareable(config)))
+    card = model_card(
+        shareable(config),
+        epoch=state["epoch"],
+        figures=held_out_figures(run, config, state["epoch"]),
+        versions=state["packages"],
+        hub_id=hub_id,
+        merged_dtype=merged_dtype,
+    )
+    write_atomically(target / "README.md", card)
+    return target, [*([] if full else [LORA]), *BESIDE, *([TRANSFORMER] if full or merge else [])]
+
+
+def held_out_figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
+    """The held-out table of the newest evaluation up to this epoch, or why there is none."""
+    stage = stage_at(config, epoch)
+    folder, prompts = stage.results(run), stage.config.prompts
+    evaluated = max((found for found in evaluated_epochs(folder) if found <= epoch), default=0)
+    if evaluated == 0:
+        return "not evaluated since training began"
+    try:
+        tags = shared_tags(load_prompts(prompts.train), load_prompts(prompts.test))
+        note = ""
+    except ValueError as error:
+        tags, note = set(), f"\nprompts that are trained on, too, are not marked: {error}"
+    base, trained = load_evaluation(folder, 0), load_evaluation(folder, evaluated)
+    table = report.table(base.metrics, trained.metrics, trained.counts, shared_tags=tags)
+    return f"after {evaluated} epochs\n\n{table}{note}"
 
 
 def export_policy(weights: Weights, config: ModelConfig, folder: Path) -> Path:
@@ -67,138 +134,13 @@ def stored_dtype(folder: Path) -> str:
     return DTYPES[most]
 
 
-def model_card(
-    config: ExperimentConfig,
-    *,
-    epoch: int,
-    figures: str,
-    versions: Mapping[str, str],
-    hub_id: str | None = None,
-    merged_dtype: str | None = None,
-) -> str:
-    """README.md of an exported policy, with the Hub's header. `figures`: the held-out table, or why there is none."""
-    name, model = config.run.name, config.model
-    full = model.tuning == "full"
-    header = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
-    }
-    if location(model.path) is None:
-        header["base_model"] = model.path
-    commit = versions.get("commit")
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {name}: {'all weights of the transformer of' if full else 'a LoRA for'} {model.path}",
-        "Trained online with [DiffusionNFT](https://arxiv.org/abs/2509.16117) by nft_ray "
-        f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
-        f"the policy after {epoch} epochs.",
-        _facts(config, epoch),
-        f"## Rewards\n\n{_rewards(config, epoch)}",
-        f"## Held-out figures\n\n```\n{figures}\n```\n\n{_how_evaluated(stage_at(config, epoch).config)}",
-        "![training and held-out reward against the epoch](reward_curve.png)",
-        f"## Loading it\n\n```python\n{loading_code(config, hub_id or '.')}\n```",
-    ]
-    if not full:
-        parts.append("The file's metadata holds alpha: loaders that ignore it scale the LoRA wrongly.")
-    if merged_dtype:
-        parts.append(
-            f"`transformer/` is the whole transformer with the LoRA merged in ({merged_dtype}): "
-            f"`{family(model).PIPELINE.__name__}.from_pretrained(BASE, transformer=...)`, without load_lora_weights."
-        )
-    parts += [
-        "The licence of the base model applies.",
-        f"## The experiment\n\n```yaml\n{dump(config).strip()}\n```",
-        "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def shareable(config: ExperimentConfig) -> ExperimentConfig:
-    """Without what concerns the machines that it ran on only: folders, ports, the address of a tracking server."""
-    run = config.run.model_copy(update={"root": RunConfig.model_fields["root"].default})
-    scorers = config.scorers.model_copy(update={"http": None})
-    here = {"run": run, "scorers": scorers, "cluster": ClusterConfig(), "tracking": TrackingConfig()}
-    return config.model_copy(update=here)
-
-
-def loading_code(config: ExperimentConfig, where: str) -> str:
-    """Python that draws an image in plain diffusers; only the packaged nano-sd3 is asked of this package."""
-    module, model = family(config.model), config.model
-    pipeline, used = module.PIPELINE, module.text_parts(model)
-    unused = [
-        name
-        for name in inspect.signature(pipeline.__init__).parameters
-        if name.startswith(("text_encoder", "tokenizer")) and name not in used
-    ]
-    base = 'str(location("nano-sd3"))' if model.path == NANO else repr(model.path)
-    loaded = "".join(f", {name}=None" for name in unused)
-    options: dict[str, float] = {
-        "height": model.height,
-        "width": model.width,
-        "num_inference_steps": config.evaluation.num_steps,
-    }
-    if hasattr(module, "DISTILLED_GUIDANCE"):
-        given = model.distilled_guidance
-        options["guidance_scale"] = module.DISTILLED_GUIDANCE if given is None else given
-        options |= {"true_cfg_scale": config.evaluation.guidance} if config.evaluation.guidance > 1 else {}
-    else:
-        options["guidance_scale"] = config.evaluation.guidance
-    if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
-        options["max_sequence_length"] = model.max_sequence_length
-    call = ", ".join(f"{name}={value:g}" for name, value in options.items())
-    full, dtype = model.tuning == "full", f"torch_dtype=torch.{model.dtype}"
-    lines = ["import torch", f"from diffusers import {'AutoModel, ' if full else ''}{pipeline.__name__}"]
-    lines += ["from nft_ray.downloads.pipelines import location"] if model.path == NANO else []
-    lines += [""]
-    if full:
-        lines += [f'transformer = AutoModel.from_pretrained("{where}", subfolder="transformer", {dtype})']
-        loaded = f", transformer=transformer{loaded}"
-    lines += [f"pipeline = {pipeline.__name__}.from_pretrained({base}, {dtype}{loaded})"]
-    lines += [] if full else [f'pipeline.load_lora_weights("{where}")']
-    lines += [f'image = pipeline("a photo of a cup", {call}).images[0]']
-    return "\n".join(lines)
-
-
-def _facts(config: ExperimentConfig, epoch: int) -> str:
-    model, parts = config.model, _parts(config, epoch)
-    drawn = [(last - first, part.prompts) for first, last, part in parts]
-    images = sum(epochs * of.groups_per_epoch * of.images_per_group for epochs, of in drawn)
-    trained = ", then ".join(f"`{of.train}`{f' ({epochs} epochs)' if len(drawn) > 1 else ''}" for epochs, of in drawn)
-    counts = " + ".join(f"{n} epochs x {of.groups_per_epoch} prompts x {of.images_per_group} images" for n, of in drawn)
-    rows = {
-        "base model": f"{model.path}{f' @ {model.revision}' if model.revision else ''}, {model.dtype}",
-        "resolution": f"{model.width} x {model.height} pixels",
-        "trained": "all weights of the transformer, float32"
-        if model.tuning == "full"
-        else f"a LoRA of rank {model.lora.rank}, alpha {model.lora.alpha}, float32",
-        "data": f"prompts {trained}; no images but the policy's own",
-        "drawn in training": f"{images} images: {counts}",
-        "held out": f"prompts `{parts[-1][2].prompts.test}`",
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def _rewards(config: ExperimentConfig, epoch: int) -> str:
-    rows = [
-        f"| {first + 1} to {last} | {name} | "
-        f"{'only measured' if reward.eval_only or not reward.weight else f'{reward.weight:g}'} |"
-        for first, last, part in _parts(config, epoch)
-        for name, reward in part.reward_configs.items()
-    ]
-    return "\n".join(["| epochs | reward | weight |", "|---|---|---|", *rows])
-
-
-def _parts(config: ExperimentConfig, epoch: int) -> list[tuple[int, int, ExperimentConfig]]:
-    """(epochs finished before, epochs finished after, experiment) of what made the policy; without stages, one part."""
-    stages = [stage for stage in stages_of(config) if stage.first_epoch < epoch]
-    ends = [*(stage.last_epoch for stage in stages[:-1]), epoch]
-    return [(stage.first_epoch, end, stage.config) for stage, end in zip(stages, ends, strict=True)]
-
-
-def _how_evaluated(config: ExperimentConfig) -> str:
-    evaluation = config.evaluation
-    return (
-        f"Every held-out prompt once, {evaluation.num_steps} steps of {evaluation.solver}, guidance "
-        f"{evaluation.guidance:g}, seed {evaluation.seed}."
-    )
+def _checkpoint(run: Path, epoch: int | None) -> Path:
+    whole = whole_checkpoints(run / "checkpoints")
+    if not whole:
+        raise ValueError(f"export {run}: holds no checkpoint yet")
+    if epoch is None:
+        return whole[-1]
+    found = {int(path.name.removeprefix("epoch-")): path for path in whole}
+    if epoch not in found:
+        raise ValueError(f"--checkpoint {epoch}: not in {run}; there are: {', '.join(map(str, found))}")
+    return found[epoch]

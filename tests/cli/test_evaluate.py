@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import nft_ray.local
-from nft_ray.cli.evaluate import announced, resolve
+from nft_ray.cli.evaluate import experiment_of
 from nft_ray.cli.main import main, parser
 from nft_ray.config import LoraConfig, ModelConfig
+from nft_ray.cores.publish import announced
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
@@ -209,11 +210,11 @@ def test_what_is_not_finished_is_not_compared(prompts: str, tmp_path: Path, caps
 
 def rewards(*arguments: str, config: Path = QUICKSTART) -> dict[str, Any]:
     args = parser().parse_args(["evaluate", str(config), "--output", "x", *arguments])
-    return dict(resolve(args).rewards)
+    return dict(experiment_of(args).rewards)
 
 
 def test_a_data_set_has_its_rewards_and_the_experiment_their_sections() -> None:
-    urls = ("--set", "rewards.unified_reward.urls=[http://127.0.0.1:1/v1]", "--set", "rewards.hpsv2.num_gpus=0.25")
+    urls = (*UNIFIED, "--set", "rewards.hpsv2.num_gpus=0.25")
     six = {"pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unified_reward"}
     for dataset in ("drawbench", "small/drawbench", "pickscore/test"):
         found = rewards("--dataset", dataset, *urls)
@@ -227,6 +228,54 @@ def test_a_data_set_has_its_rewards_and_the_experiment_their_sections() -> None:
     only_measured = ("--set", "rewards.jpeg_compressibility.eval_only=true")
     assert rewards(*only_measured).keys() == {"geneval", "jpeg_compressibility"}
     assert rewards("--dataset", "my/ocr/lines.txt").keys() == {"geneval"}
+
+
+UNIFIED = ("--set", "rewards.unified_reward.urls=[http://127.0.0.1:1/v1]")
+
+
+def places(preset: str, *arguments: str) -> dict[str, tuple[int, float]]:
+    """Reward -> (replicas, GPUs each)."""
+    found = rewards(*arguments, config=QUICKSTART.with_name(preset))
+    return {name: (section.get("num_replicas", 1), section.get("num_gpus", 0)) for name, section in found.items()}
+
+
+@pytest.mark.parametrize("profile", ["one_gpu", "eight_gpus", "thirty_two_gpus"])
+def test_rewards_that_the_yaml_does_not_name_share_the_cards_of_those_it_names(profile: str) -> None:
+    """Not one CPU core each: UnifiedReward is a server elsewhere, the other five have models."""
+    cards = {"one_gpu": 0.2, "eight_gpus": 1.0, "thirty_two_gpus": 8.0}[profile]
+    options = ("--set", f"cluster={profile}", "--dataset", "small/drawbench", *UNIFIED)
+    found = places("sd3_geneval.yaml", *options)
+    assert found.pop("unified_reward") == (1, 0)
+    assert set(found.values()) == {(1, min(1.0, cards / 5))}
+    assert places("sd3_multi_reward.yaml", "--set", f"cluster={profile}", "--dataset", "geneval") == {
+        "geneval": (int(max(1, cards)), pytest.approx(min(1.0, cards), abs=1e-4))
+    }
+    wide = places("sd3_multi_reward.yaml", *options)
+    assert sum(replicas * gpus for replicas, gpus in wide.values()) <= cards + 1e-9, "those that it names as well"
+
+
+def test_where_every_reward_has_a_place_it_stays() -> None:
+    assert places("sd3_multi_reward.yaml") == {"pickscore": (1, 0.34), "hpsv2": (1, 0.33), "clipscore": (1, 0.33)}
+    measured = ("--rewards", "pickscore,jpeg_compressibility")
+    assert places("sd3_multi_reward.yaml", *measured) == {"pickscore": (1, 0.34), "jpeg_compressibility": (1, 0)}
+    by_hand = ("--rewards", "pickscore,aesthetic", "--set", "rewards.aesthetic.num_gpus=0.5")
+    assert places("sd3_multi_reward.yaml", *by_hand) == {"pickscore": (1, 0.34), "aesthetic": (1, 0.5)}
+    on_cpu = ("--rewards", "aesthetic", "--set", "rewards.aesthetic.device=cpu")
+    assert places("sd3_multi_reward.yaml", *on_cpu) == {"aesthetic": (1, 0)}
+    other = ("--rewards", "aesthetic", "--set", "rewards.aesthetic.dtype=bfloat16")
+    assert places("sd3_multi_reward.yaml", *other) == {"aesthetic": (1, 1.0)}, "that says nothing of a place"
+
+
+def test_without_gpus_everything_runs_on_cpus() -> None:
+    assert places("quickstart.yaml", "--rewards", "pickscore,geneval") == {"pickscore": (1, 0), "geneval": (1, 0)}
+
+
+def test_where_no_reward_has_a_card_to_share_it_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"--set rewards.pickscore.num_gpus=0.2 --set rewards.aesthetic.num_gpus=0.2"):
+        places("sd3_ocr.yaml", "--rewards", "ocr,pickscore,aesthetic")
+    said = [f"--set rewards.{name}.num_gpus=0.2".split() for name in ("pickscore", "aesthetic")]
+    found = places("sd3_ocr.yaml", "--rewards", "ocr,pickscore,aesthetic", *said[0], *said[1])
+    assert found == {"ocr": (found["ocr"][0], 0), "pickscore": (1, 0.2), "aesthetic": (1, 0.2)}
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from nft_ray.cli.evaluate import announced
 from nft_ray.cli.main import main
 from nft_ray.config import load
+from nft_ray.cores.publish import announced
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.downloads.pipelines import location
 from nft_ray.seeding import noise

@@ -46,6 +46,11 @@ def test_it_evaluates_to_its_own_figures(full: Path, tmp_path: Path, capsys: pyt
     trained = json.loads((full / "summary.json").read_text())["trained"]
     assert {name: found[name]["mean"] for name in trained} == pytest.approx(trained, abs=1e-7)
     capsys.readouterr()
+    own = full / "evaluations"
+    assert main(["evaluate", "--compare", str(own / "epoch-000002"), str(tmp_path / "after")]) == 0
+    assert "they differ in: nothing" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", str(own / "epoch-000000"), str(own / "epoch-000002")]) == 0
+    assert "they differ in: lora" in capsys.readouterr().out
     earlier = ["--lora", str(full / "checkpoints" / "epoch-000001"), "--output", str(tmp_path / "after")]
     assert main([*command, *earlier]) == 1
     assert "differs in: lora.checksum" in capsys.readouterr().err

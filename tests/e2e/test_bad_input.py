@@ -89,6 +89,17 @@ def test_a_dry_run_prints_yaml_and_placement_and_starts_nothing(capsys: pytest.C
     assert not runs.exists()
 
 
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+def test_a_dry_run_of_local_shows_one_process_and_reserves_nothing(
+    placement: str, capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    """The YAML has two samplers and two learners; --local runs one of each."""
+    assert main(["train", str(QUICKSTART), "--dry-run", "--local", "--set", f"cluster.placement={placement}"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("sampler ", "learner "))]
+    assert [row[:4] for row in rows] == [["sampler", "1", "0", "0"], ["learner", "1", "0", "0"]]
+    assert not runs.exists()
+
+
 @pytest.mark.slow
 def test_local_imports_no_ray() -> None:
     script = (

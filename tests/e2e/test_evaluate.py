@@ -75,11 +75,18 @@ def means(folder: Path) -> dict[str, float]:
     return {name: row["mean"] for name, row in figures(folder).items()}
 
 
+def identity(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "evaluation.json").read_text())["identity"])
+
+
 def test_the_lora_of_a_run_gives_the_runs_own_figures(short_run: Path, trained: Path) -> None:
     wanted = figures(short_run)
     assert means(trained) == wanted["trained"]
     assert {name: row["count"] for name, row in figures(trained).items()} == wanted["counts"]
     assert wanted["trained"] != wanted["base"]
+    own = short_run / "evaluations" / "epoch-000002"
+    assert (own / "results.jsonl").read_bytes() == (trained / "results.jsonl").read_bytes()
+    assert identity(own) == identity(trained), "the same evaluation, and it says so"
 
 
 def test_without_a_lora_it_is_the_base_model_and_the_difference_is_the_runs_own(

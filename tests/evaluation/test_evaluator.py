@@ -9,7 +9,7 @@ import pytest
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.evaluator import evaluate, open_requests, pipeline_depth, spaced
 from nft_ray.evaluation.results import EvaluationFolder
-from nft_ray.prompts.draw import PromptSet
+from nft_ray.prompts.draw import PromptSet, evaluation_requests
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import EvaluationRoles
@@ -32,12 +32,15 @@ PROMPTS = PromptSet(lines=tuple(Prompt(id=i, text=f"prompt {i}") for i in range(
 
 
 class Plane:
-    """Samplers and scorers in one: images hold their line, the score is the line; `broken` lines miss a reward."""
+    """Samplers and scorers in one: images hold their line, the score is the line.
+
+    `broken` lines miss the first reward, and the second one `also`.
+    """
 
     size = 2
 
-    def __init__(self, broken: tuple[int, ...] = (), die_after: int = 10**6) -> None:
-        self.broken, self.die_after = broken, die_after
+    def __init__(self, broken: tuple[int, ...] = (), die_after: int = 10**6, also: bool = True) -> None:
+        self.broken, self.die_after, self.also = broken, die_after, also
         self.drawn: list[int] = []
         self.now = self.most = 0
 
@@ -65,7 +68,8 @@ class Plane:
         if self.die_after < 0:
             raise ConnectionError("the cluster is gone")
         values = np.array([np.nan if line in self.broken else line for line in lines], np.float32)
-        scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=-values)}
+        second = -values if self.also else -np.array(lines, np.float32)
+        scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=second)}
         return assemble(scores, len(lines), {"jpeg_compressibility": 1.0})
 
 
@@ -73,22 +77,19 @@ def run(
     folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = (), config: ExperimentConfig = CONFIG
 ) -> list[int]:
     """What the command does; gives the lines that were left to do."""
-    requests, kept = open_requests(PROMPTS, config, "reference", folder, pictures)
-    folder.replace(kept)
-    roles = EvaluationRoles(samplers=plane, scorers=plane)
-    work = evaluate(
-        config,
-        roles,
-        folder,
-        requests,
-        num_lines=50,
-        pictures=pictures,
-        at_once=pipeline_depth(config),
-        progress=lambda what, done, of: None,
-    )
-    asyncio.run(work)
-    folder.replace(folder.results())
-    return [item.prompt.id for request in requests for item in request.items]
+    folder.path.mkdir(exist_ok=True)
+    requests = evaluation_requests(PROMPTS, config, epoch=0, policy_version=0, adapter="reference")
+    left, kept = open_requests(requests, folder, pictures)
+    assert len(kept) == 50 - sum(request.num_images for request in left)
+    roles, told = EvaluationRoles(samplers=plane, scorers=plane), [len(kept)]
+
+    def progress(done: int, of: int) -> None:
+        assert told[-1] < done <= of == 50
+        told.append(done)
+
+    found = asyncio.run(evaluate(config, roles, folder, requests, pictures=pictures, progress=progress))
+    assert [result.line for result in found] == list(range(50)) == [result.line for result in folder.results()]
+    return [item.prompt.id for request in left for item in request.items]
 
 
 def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
@@ -103,8 +104,6 @@ def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [0, 1, 6, 12])
 def test_what_was_interrupted_ends_in_the_same_bytes(after: int, tmp_path: Path) -> None:
     whole, cut = EvaluationFolder(tmp_path / "whole"), EvaluationFolder(tmp_path / "cut")
-    for folder in (whole, cut):
-        folder.path.mkdir()
     run(whole, Plane())
     with pytest.raises(ConnectionError):
         run(cut, Plane(die_after=after))
@@ -130,6 +129,22 @@ def test_too_many_missing_stop_it_and_keep_what_is_there(tmp_path: Path) -> None
     kept = folder.results()
     assert 12 < sum(bool(r.missing) for r in kept) <= 12 + 4 * pipeline_depth(NARROW)  # those that were about to end
     assert len(kept) < 50
+
+
+def test_a_reward_that_is_only_measured_stops_nothing(tmp_path: Path) -> None:
+    rewards = {"jpeg_compressibility": {"eval_only": True}, "jpeg_incompressibility": {}}
+    config = NARROW.model_copy(update={"rewards": rewards})
+    run(EvaluationFolder(tmp_path / "measured"), Plane(broken=tuple(range(50)), also=False), config=config)
+    with pytest.raises(RuntimeError, match="of 50 lines miss a reward"):
+        run(EvaluationFolder(tmp_path / "trained"), Plane(broken=tuple(range(50)), also=False), config=NARROW)
+
+
+def test_where_no_line_has_a_score_it_is_over_whatever_is_allowed(tmp_path: Path) -> None:
+    scorers = NARROW.scorers.model_copy(update={"max_missing_fraction": 1.0})
+    config = NARROW.model_copy(update={"scorers": scorers})
+    run(EvaluationFolder(tmp_path / "one"), Plane(broken=tuple(range(49))), config=config)
+    with pytest.raises(RuntimeError, match="50 of 50 lines miss a reward"):
+        run(EvaluationFolder(tmp_path / "none"), Plane(broken=tuple(range(50))), config=config)
 
 
 def test_pictures_are_kept_and_drawn_again_where_they_are_wanted_later(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """The folder of one evaluation: whole lines only, one evaluation only, nothing else touched."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results, read_results, summarise_results
+from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results, read_results
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.types import Prompt, RolloutItem, RolloutRequest
@@ -60,6 +59,17 @@ def test_another_evaluation_is_refused_with_what_differs(tmp_path: Path) -> None
     assert (folder.path / "mine.txt").read_text() == "kept"
 
 
+def test_it_is_known_whether_a_folder_may_go_on(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    assert not folder.holds(WHAT)
+    with folder.claim(WHAT, {}, overwrite=False):
+        pass
+    assert folder.holds(WHAT)
+    assert not folder.holds(WHAT | {"lora": {"checksum": "another"}})
+    (tmp_path / "evaluation.json").write_text("{")
+    assert not folder.holds(WHAT)
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path)
     with (
@@ -100,13 +110,3 @@ def test_a_missing_reward_is_null_and_counted() -> None:
     assert lines[1].scores == {"gone": None, "ocr": None}
     assert lines[1].details == {"ocr/x": None}
     assert [line.missing for line in lines] == [["gone"], ["gone", "ocr"]]
-    summary = json.loads(json.dumps(summarise_results(lines)))
-    assert summary["ocr"] == summary["ocr/t"] | {"count": 1, "missing": 1}
-    assert summary["ocr"]["mean"] == float(np.float32(0.1))
-    assert summary["gone"] == {"mean": None, "low": None, "high": None, "count": 0, "missing": 2}
-
-
-def test_the_mean_is_the_runs_own_to_the_bit() -> None:
-    values = np.random.default_rng(0).random(480).astype(np.float32)
-    lines = [result(i, json.loads(json.dumps(float(value)))) for i, value in enumerate(values)]
-    assert summarise_results(lines)["ocr"]["mean"] == float(values.astype(np.float64).mean())

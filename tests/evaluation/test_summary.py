@@ -1,14 +1,19 @@
-"""Evaluation figures: each line once, missing ones left out and counted."""
+"""Figures of scored lines: each line once, missing ones left out and counted, means to the bit."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+import pytest
 
-from nft_ray.evaluation.summary import load_evaluation, save_evaluation, summarise
+from nft_ray.evaluation.results import LineResult, line_results
+from nft_ray.evaluation.summary import headline, summarise, summarise_results
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.types import Prompt, RolloutItem, RolloutRequest
+from tests.fakes import fake_config
+
+NAN = float("nan")
+IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
 
 def request(*lines: tuple[int, str]) -> RolloutRequest:
@@ -18,18 +23,14 @@ def request(*lines: tuple[int, str]) -> RolloutRequest:
     return RolloutRequest(epoch=0, items=items, adapter="ema", policy_version=0, split="eval")
 
 
-def scores(values: list[float], strict: list[float]) -> Scores:
-    return Scores(values=np.array(values, np.float32), details={"strict": np.array(strict, np.float32)})
+def scored(values: list[float], strict: list[float], *lines: tuple[int, str]) -> list[LineResult]:
+    scores = Scores(values=np.array(values, np.float32), details={"strict": np.array(strict, np.float32)})
+    return line_results(request(*lines), assemble({"geneval": scores}, len(lines), {"geneval": 1.0}))
 
 
 def test_means_over_all_lines_and_per_tag_without_the_missing() -> None:
-    requests = [request((0, "colors"), (1, "counting")), request((2, "counting"))]
-    nan = float("nan")
-    rewards = [
-        assemble({"geneval": scores([1.0, 0.5], [1.0, 0.0])}, 2, {"geneval": 1.0}),
-        assemble({"geneval": scores([nan], [nan])}, 1, {"geneval": 1.0}),
-    ]
-    result = summarise(requests, rewards, {}, seconds=1.0)
+    lines = scored([1.0, 0.5], [1.0, 0.0], (0, "colors"), (1, "counting")) + scored([NAN], [NAN], (2, "counting"))
+    result = summarise(lines, {}, seconds=1.0)
     assert result.metrics == {
         "geneval": 0.75,
         "geneval/colors": 1.0,
@@ -42,17 +43,40 @@ def test_means_over_all_lines_and_per_tag_without_the_missing() -> None:
     assert result.counts["geneval/strict/counting"] == 1
 
 
-def test_a_saved_evaluation_comes_back(tmp_path: Path) -> None:
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    rewards = [assemble({"geneval": scores([1.0], [1.0])}, 1, {"geneval": 1.0})]
-    result = summarise([request((5, "colors"))], rewards, {5: image}, seconds=2.0)
-    save_evaluation(tmp_path, 10, result)
-    back = load_evaluation(tmp_path, 10)
-    assert back.metrics == result.metrics
-    assert back.counts == result.counts
-    assert back.right == result.right == {5: True}
-    np.testing.assert_array_equal(back.images[5], image)
-    target = tmp_path / "evaluations" / "epoch-000010.json"
-    figures = json.loads(target.read_text())
-    target.write_text(json.dumps({key: value for key, value in figures.items() if key != "right"}))
-    assert load_evaluation(tmp_path, 10).right == {}, "runs of an earlier version have no verdicts"
+def test_a_picture_is_right_where_its_line_is_exactly_what_was_asked_for() -> None:
+    lines = scored([1.0, 0.5, NAN], [1.0, 0.0, NAN], (0, "colors"), (1, "counting"), (2, "counting"))
+    assert summarise(lines, dict.fromkeys((0, 1, 2), IMAGE), seconds=0).right == {0: True, 1: False, 2: False}
+    assert summarise(lines, {1: IMAGE}, seconds=0).right == {1: False}
+    plain = LineResult(line=0, prompt="x", tag="", seed=0, scores={"ocr": 1.0}, details={"ocr/exact": 1.0})
+    assert summarise([plain], {0: IMAGE}, seconds=0).right == {}
+
+
+def test_a_reward_that_was_never_had_is_counted_and_has_no_mean() -> None:
+    lines = scored([NAN, NAN], [NAN, NAN], (0, "a"), (1, "b"))
+    result = summarise(lines, {}, seconds=0)
+    assert result.metrics == {}
+    assert result.counts["geneval"] == 0
+    found = json.loads(json.dumps(summarise_results(lines)))
+    assert found["geneval"] == {"mean": None, "low": None, "high": None, "count": 0, "missing": 2}
+
+
+def test_both_summaries_have_the_same_means_to_the_bit() -> None:
+    values = np.random.default_rng(0).random(480).astype(np.float32)
+    lines = [
+        LineResult(line=i, prompt="x", tag="", seed=i, scores={"ocr": json.loads(json.dumps(float(value)))}, details={})
+        for i, value in enumerate(values)
+    ]
+    mean = float(values.astype(np.float64).mean())
+    assert summarise_results(lines)["ocr"]["mean"] == summarise(lines, {}, seconds=0).metrics["ocr"] == mean
+    assert (summarise_results(lines)["ocr"]["count"], summarise_results(lines)["ocr"]["missing"]) == (480, 0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "wanted"),
+    [
+        ({"geneval": {"detector": "shapes"}, "jpeg_compressibility": {}}, "geneval/strict"),
+        ({"jpeg_compressibility": {"eval_only": True}, "jpeg_incompressibility": {}}, "jpeg_incompressibility"),
+    ],
+)
+def test_one_metric_stands_for_all(rewards: dict[str, object], wanted: str) -> None:
+    assert headline(fake_config(rewards=rewards)) == wanted

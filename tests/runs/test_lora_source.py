@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.cli.lora_source import find_source
+from nft_ray.runs.lora_source import find_source
 
 
 def checkpoint(run: Path, epoch: int, whole: bool = True) -> Path:
@@ -33,3 +33,26 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no checkpoint is there yet"):
         find_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("named", ["", "checkpoints"])
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_checkpoints_of_the_published_code_are_listed_and_the_newest_is_named(
+    named: str, below: str, tmp_path: Path
+) -> None:
+    """Its layout is LOGS/checkpoints/checkpoint-30/lora: which one is meant is the user's to say."""
+    folder = tmp_path / named
+    for step in (120, 30, 60):
+        (folder / below / f"checkpoint-{step}" / "lora").mkdir(parents=True)
+    with pytest.raises(ValueError) as refused:
+        find_source(str(folder))
+    assert str(refused.value) == (
+        f"LoRA {folder}: holds checkpoints of the published code (checkpoint-30, checkpoint-60, checkpoint-120); "
+        f"name one, the newest is {folder / below / 'checkpoint-120'}"
+    )
+
+
+def test_a_lora_in_a_folder_with_such_checkpoints_is_that_lora(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-30" / "lora").mkdir(parents=True)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert find_source(str(tmp_path)) == str(tmp_path)

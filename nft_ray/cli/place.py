@@ -1,0 +1,89 @@
+"""Where a command's roles run: in this process with --local, else on a Ray that is started or joined.
+
+Ray is imported only where it is used: `--local` needs none. What stops a command on its way is here, too.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nft_ray.config import ExperimentConfig
+from nft_ray.roles import EvaluationRoles, Roles
+
+STOPPED = (KeyboardInterrupt, asyncio.CancelledError)
+"""How Ctrl-C and SIGTERM arrive behind `run_until_stopped`."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C or SIGTERM; the message says what was kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What --local and --address say; `say` is told what is started."""
+
+    local: bool
+    address: str | None
+    say: Callable[[str], None]
+
+    def check(self, config: ExperimentConfig, *, training: bool = True) -> None:
+        """ValueError for what is known to fail there, before a process starts."""
+        if self.local:
+            return
+        from nft_ray.cli.cluster import check_before_start
+
+        check_before_start(config, self.address, training=training)
+
+    @contextmanager
+    def ray(self, config: ExperimentConfig) -> Iterator[str | None]:
+        """A connected Ray while the body runs, unless it is local; gives its dashboard's host:port."""
+        if self.local:
+            yield None
+            return
+        from nft_ray.cli.cluster import cluster
+
+        with cluster(config, self.address, self.say) as dashboard_url:
+            yield dashboard_url
+
+    @asynccontextmanager
+    async def roles(self, config: ExperimentConfig, dashboard_url: str | None) -> AsyncIterator[Roles]:
+        """Samplers, scorers and learners, gone when the body ends."""
+        if self.local:
+            from nft_ray.local import local_roles
+
+            yield local_roles(config)
+            return
+        from nft_ray.cli.cluster import planes
+
+        async with planes(config, self.say, dashboard_url) as roles:
+            yield roles
+
+    @asynccontextmanager
+    async def evaluation_roles(
+        self, config: ExperimentConfig, dashboard_url: str | None
+    ) -> AsyncIterator[EvaluationRoles]:
+        """The same without learners."""
+        if self.local:
+            from nft_ray.local import local_evaluation_roles
+
+            yield local_evaluation_roles(config)
+            return
+        from nft_ray.cli.cluster import evaluation_planes
+
+        async with evaluation_planes(config, self.say, dashboard_url) as roles:
+            yield roles
+
+
+def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run it to its end. SIGTERM cancels it, as Ctrl-C does; one of STOPPED is raised then."""
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
+
+    asyncio.run(main())
