@@ -6,6 +6,7 @@ roles that made them (roles.py) know which; the trainer passes them on and never
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,20 @@ Adapter = Literal["old", "ema", "reference"]
 Split = Literal["train", "eval"]
 Solver = Literal["euler", "ddim", "dpm1", "dpm2", "heun"]
 Weights = dict[str, np.ndarray]  # the trained tensors, of a LoRA or of the whole transformer, by name, float32
+
+
+class Mark(StrEnum):
+    """What another value of a setting changes; stands on its field, `Annotated[int, Mark.PLACEMENT]`, and only there.
+
+    A field without one is RESULT, so a mark that was forgotten is safe.
+    """
+
+    PLACEMENT = "placement"
+    """Where, how long and in what pieces things run, what is waited for, what is kept: no setting of the method."""
+    ROUNDING = "rounding"
+    """The last bits of numbers that are otherwise the same."""
+    RESULT = "result"
+    """What comes out: with another value it is another experiment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ Does not: what a reward's or an algorithm's own section may say (rewards/, algor
 """
 
 from nft_ray.config.experiment import ExperimentConfig
-from nft_ray.config.loading import differences, dump, load, parse, resolved
+from nft_ray.config.loading import changes, differences, dump, load, parse, resolved
+from nft_ray.config.marks import essence, mark_of
 from nft_ray.config.sections import (
     ClusterConfig,
     EvaluationConfig,
@@ -35,9 +36,12 @@ __all__ = [
     "ScorersConfig",
     "StageConfig",
     "TrackingConfig",
+    "changes",
     "differences",
     "dump",
+    "essence",
     "load",
+    "mark_of",
     "parse",
     "resolved",
 ]

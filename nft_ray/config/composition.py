@@ -58,7 +58,7 @@ def stage_data(experiment: Mapping[str, Any], number: int) -> dict[str, Any]:
     made = _merged({key: value for key, value in experiment.items() if key != "stages"}, stage)
     if chosen is not None:
         known = experiment["rewards"]
-        made["rewards"] = {name: _merged(known.get(name) or {}, section or {}) for name, section in chosen.items()}
+        made["rewards"] = {name: _merged(known.get(name) or {}, section) for name, section in chosen.items()}
     end = sum(one["num_epochs"] for one in stages[: number + 1])
     return made | {"run": {**experiment["run"], "num_epochs": end}}
 

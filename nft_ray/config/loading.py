@@ -56,15 +56,39 @@ def resolved(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys at which two resolved experiments differ."""
+    """Dotted keys at which two resolved experiments differ; in a list of sections, such as stages, `stages.N.key`."""
     keys: list[str] = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and _are_sections([*a, *b]):
+            a, b = _numbered(a), _numbered(b)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             keys.append(f"{prefix}{key}")
     return keys
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str], *, most: int) -> str:
+    """What a user is told of the dotted `keys`, the first `most` of them: "a.b = 1 there, 2 here; ..."."""
+    shown = [f"{key} = {_at(old, key)!r} there, {_at(new, key)!r} here" for key in keys[:most]]
+    return "; ".join([*shown, *(["..."] if len(keys) > most else [])])
+
+
+def _are_sections(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+def _numbered(sections: Sequence[Any]) -> dict[str, Any]:
+    return {str(number): section for number, section in enumerate(sections)}
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tree
+    for part in dotted.split("."):
+        value = _numbered(value) if isinstance(value, list) else value
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _nearest_file(path: Path) -> str:

@@ -5,9 +5,9 @@ file. What spans sections is checked in experiment.py.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from nft_ray.types import Solver
+from nft_ray.types import Mark, Solver
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -20,28 +20,28 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), Mark.PLACEMENT]
     """Folder of the run under `root` (so never `..`), and its name in MLflow."""
     seed: Annotated[int, Field(ge=0)] = 0
-    num_epochs: Positive = 100
+    num_epochs: Annotated[Positive, Mark.PLACEMENT] = 100
     """Epochs of collect + update; may be raised when a run is resumed."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """0: the published algorithm. 1: the rollouts of the next epoch overlap this epoch's update."""
-    root: str = "runs"
+    root: Annotated[str, Mark.PLACEMENT] = "runs"
     """Folder of all runs; NFT_RAY_RUNS overrides it. Made absolute; see `nft_ray.runs.checkpoint.run_root`."""
-    checkpoint_every: Positive = 10
+    checkpoint_every: Annotated[Positive, Mark.PLACEMENT] = 10
     """Epochs between checkpoints; the last epoch always makes one."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, Mark.PLACEMENT] = 2
 
 
 class ClusterConfig(Section):
-    num_cpus: Positive | None = None
+    num_cpus: Annotated[Positive | None, Mark.PLACEMENT] = None
     """CPUs of the local Ray that `nft-ray train` starts when no --address is given; null = those of the machine."""
-    dashboard_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    dashboard_port: Annotated[Annotated[int, Field(ge=1, le=65535)] | None, Mark.PLACEMENT] = None
     """Dashboard port of that local Ray; null = 8265 or the next free one. A port in use is an error."""
-    wait_s: Annotated[float, Field(gt=0)] = 300.0
+    wait_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 300.0
     """Seconds to wait for the workers of the run to be placed."""
-    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    placement: Annotated[Literal["disaggregated", "colocated"], Mark.PLACEMENT] = "disaggregated"
     """disaggregated: samplers and learners have GPUs of their own. colocated: sampler i and learner i share one, in
     turns, and the one that waits is in host memory."""
 
@@ -83,16 +83,16 @@ class ModelConfig(Section):
     """Folder in diffusers format, Hub id, or `nano-sd3`: the pipeline that comes with this package."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id. A commit is the same on every node and on every day."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Mark.ROUNDING] = "float32"
     """Data type of the frozen weights. The LoRA is float32 always. float16 keeps the gradient of float32 best, bfloat16
     has the wider range (docs/decisions/0003)."""
-    text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    text_encoder_dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Mark.ROUNDING] = None
     """Data type of the text encoders; null = `dtype`."""
-    text_encoders: Literal["resident", "offload"] = "resident"
+    text_encoders: Annotated[Literal["resident", "offload"], Mark.PLACEMENT] = "resident"
     """offload: on the GPU only while prompts are encoded, in host memory otherwise."""
-    conditioning_cache: Annotated[int, Field(ge=0)] = 512
+    conditioning_cache: Annotated[int, Field(ge=0), Mark.PLACEMENT] = 512
     """Encoded prompts that a sampler keeps in host memory (SD3.5 with 128 T5 tokens in 16 bit: 1.7 MB each)."""
-    precomputed: str | None = None
+    precomputed: Annotated[str | None, Mark.PLACEMENT] = None
     """Folder of encoded prompts, shared by all samplers; `nft-ray encode` fills it. With all prompts there, no text
     encoder is loaded; one that is missing is encoded and added."""
     height: Positive = 32
@@ -134,16 +134,16 @@ class PromptsConfig(Section):
 
 
 class WorkersConfig(Section):
-    num_workers: Positive = 1
-    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_workers: Annotated[Positive, Mark.PLACEMENT] = 1
+    num_cpus: Annotated[float, Field(ge=0), Mark.PLACEMENT] = 1.0
     """Ray CPUs reserved per worker (a fraction is fine)."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Annotated[float, Field(ge=0), Mark.PLACEMENT] = 0.0
     """Ray GPUs reserved per worker."""
-    num_threads: Positive = 1
+    num_threads: Annotated[Positive, Mark.PLACEMENT] = 1
     """torch threads per worker."""
-    memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    memory_gib: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 1.0
     """Expected host memory per worker, shown by --dry-run."""
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    timeout_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 600.0
     """Deadline of one call."""
 
 
@@ -155,19 +155,19 @@ class SamplerConfig(WorkersConfig):
     """Classifier-free guidance of training rollouts; 1 = off."""
     num_times: Positive = 9
     """Training times per sample, out of the sampler's sigmas without replacement."""
-    micro_batch_size: Positive = 24
+    micro_batch_size: Annotated[Positive, Mark.PLACEMENT] = 24
     """Images (or (sample, time) pairs) of one forward; with guidance, half as many images."""
-    decode_batch_size: Positive | None = None
+    decode_batch_size: Annotated[Positive | None, Mark.PLACEMENT] = None
     """Images of one pass through the VAE, which needs more memory than the transformer; null = micro_batch_size."""
-    lora: Literal["auto", "merged", "unmerged"] = "auto"
+    lora: Annotated[Literal["auto", "merged", "unmerged"], Mark.ROUNDING] = "auto"
     """A LoRA added to the weights, or beside them: slower, rounds less. auto: beside bfloat16 (docs/decisions/0003)."""
-    compile: bool = False
+    compile: Annotated[bool, Mark.PLACEMENT] = False
     """Compile the transformer's blocks (torch.compile) for forwards of exactly `micro_batch_size`."""
-    velocity_dtype: Literal["float16", "float32"] = "float16"
+    velocity_dtype: Annotated[Literal["float16", "float32"], Mark.ROUNDING] = "float16"
     """Data type in which v_old and v_ref travel to the learners."""
-    max_in_flight: Positive = 2
+    max_in_flight: Annotated[Positive, Mark.PLACEMENT] = 2
     """Requests a worker holds at once: one in work, the others queued."""
-    max_attempts: Positive = 3
+    max_attempts: Annotated[Positive, Mark.PLACEMENT] = 3
     """How often a request is tried, each time on another worker if there is one."""
 
 
@@ -178,24 +178,24 @@ class LearnerConfig(WorkersConfig):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optimizer_steps: Positive = 1
     """Optimizer steps per epoch; they partition the epoch's samples."""
-    micro_batch_size: Positive = 16
+    micro_batch_size: Annotated[Positive, Mark.PLACEMENT] = 16
     """(sample, time) pairs of one forward and backward; it changes memory and speed, not the update."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Annotated[Literal["ddp", "fsdp"], Mark.ROUNDING] = "ddp"
     """ddp: every learner holds all weights. fsdp: each holds its part of them, of gradients, moments and EMA (FSDP2);
     whole are one block at a time, and what is sent or saved. With one learner both are the same."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.PLACEMENT] = False
     """Keep only each block's input and compute the rest again in the backward: a third slower, far less memory."""
-    compile: bool = False
+    compile: Annotated[bool, Mark.PLACEMENT] = False
     """Compile the transformer's blocks (torch.compile) for micro-batches of exactly `micro_batch_size`."""
 
 
 class HttpConfig(Section):
     """Where rewards answer over HTTP. The proxy belongs to the whole cluster: its first user decides."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Mark.PLACEMENT] = "127.0.0.1"
     """Address to listen on, on the head node; anything but loopback needs a token."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    token: SecretStr | None = None
+    port: Annotated[int, Field(ge=1, le=65535), Mark.PLACEMENT] = 8000
+    token: Annotated[SecretStr | None, Mark.PLACEMENT] = None
     """Required of every request as `Authorization: Bearer TOKEN`; write ${oc.env:NAME}, not the token itself."""
 
     @model_validator(mode="after")
@@ -209,38 +209,38 @@ class HttpConfig(Section):
 
 
 class ScorersConfig(Section):
-    attach: bool = False
+    attach: Annotated[bool, Mark.PLACEMENT] = False
     """Use a reward that is deployed already, if its configuration is the same; deploy those that are not."""
-    http: HttpConfig | None = None
+    http: Annotated[HttpConfig | None, Mark.PLACEMENT] = None
     """Serve the rewards over HTTP too; null = not while training (`nft-ray rewards serve`: on loopback)."""
-    max_missing_fraction: Fraction = 0.1
+    max_missing_fraction: Annotated[Fraction, Mark.PLACEMENT] = 0.1
     """More missing samples than this in one epoch stop the run."""
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    timeout_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 120.0
     """Deadline of one call of one reward."""
-    max_attempts: Positive = 3
-    max_in_flight: Positive = 16
+    max_attempts: Annotated[Positive, Mark.PLACEMENT] = 3
+    max_in_flight: Annotated[Positive, Mark.PLACEMENT] = 16
     """Calls per reward at once (a call scores one group)."""
     combine: Literal["sum", "normalized"] = "sum"
 
 
 class EvaluationConfig(Section):
-    every: Positive = 10
+    every: Annotated[Positive, Mark.PLACEMENT] = 10
     """Epochs between evaluations; the base and the last epoch are always evaluated."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Noise of line i is a function of this and i only."""
     solver: Solver = "euler"
     num_steps: Positive = 40
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    batch_size: Positive = 16
+    batch_size: Annotated[Positive, Mark.ROUNDING] = 16
     """Lines per request; fixed, so that the figures do not depend on the number of workers."""
     picture_lines: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     """Test lines shown in before_after.png and in MLflow."""
 
 
 class TrackingConfig(Section):
-    uri: str | None = None
+    uri: Annotated[str | None, Mark.PLACEMENT] = None
     """MLflow tracking URI; null = ROOT/mlflow.db, shared by all runs."""
-    experiment: str = "nft_ray"
+    experiment: Annotated[str, Mark.PLACEMENT] = "nft_ray"
 
 
 class StageConfig(Section):
@@ -257,3 +257,11 @@ class StageConfig(Section):
     """Exactly the rewards of this stage, each over its section in the experiment; null = all of the experiment's."""
     scorers: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _named_only(cls, rewards: Any) -> Any:
+        """`pickscore:` alone is a section that says nothing more of it."""
+        if not isinstance(rewards, Mapping):
+            return rewards
+        return {name: {} if section is None else section for name, section in rewards.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.clipscore import MODEL, image_files
 from nft_ray.rewards.weights import require, weights_root
 
@@ -32,7 +32,7 @@ POSITIONS = (0, 2, 4, 6, 7)
 class Config(TorchRewardConfig):
     """Section `rewards.aesthetic`."""
 
-    memory_gib: float = 3.0
+    memory_gib: MemoryGib = 3.0
 
 
 class Aesthetic:

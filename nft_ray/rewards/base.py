@@ -22,15 +22,21 @@ import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import nft_ray.rewards
 from nft_ray.downloads.published import PublishedFile
+from nft_ray.types import Mark
 
 _NOT_REWARDS = {"base", "combine", "preprocessing", "servers", "unique", "weights"}
+
+MemoryGib = Annotated[
+    float, Field(gt=0, description="Expected host memory per replica, shown by --dry-run."), Mark.PLACEMENT
+]
+"""What a reward gives another default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +66,9 @@ class Autoscaling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(ge=1)
-    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    min_replicas: Annotated[int, Mark.PLACEMENT] = Field(default=1, ge=0)
+    max_replicas: Annotated[int, Mark.PLACEMENT] = Field(ge=1)
+    target_ongoing_requests: Annotated[float, Mark.PLACEMENT] = Field(default=2.0, gt=0)
     """Requests in work or waiting per replica that are aimed at."""
 
     @model_validator(mode="after")
@@ -72,8 +78,8 @@ class Autoscaling(BaseModel):
         return self
 
 
-class RewardConfig(BaseModel):
-    """What every section `rewards.NAME` may say. A reward's own Config inherits this and adds its fields."""
+class RewardUse(BaseModel):
+    """What a run makes of a reward's scores. It is the run's own: no score depends on it, and no replica knows it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -81,36 +87,43 @@ class RewardConfig(BaseModel):
     """Factor of this reward in the combined one; may be negative."""
     eval_only: bool = False
     """Only measured: it has no part in training, and where it is missing no sample is dropped."""
-    num_replicas: int = Field(default=1, ge=1)
+
+
+class RewardConfig(RewardUse):
+    """What every section `rewards.NAME` may say. A reward's own Config inherits this and adds its fields.
+
+    Its fields are marked as those of the experiment: see nft_ray.types.Mark.
+    """
+
+    num_replicas: Annotated[int, Mark.PLACEMENT] = Field(default=1, ge=1)
     """Processes that score at the same time; `nft-ray rewards scale` changes their number while a run goes on."""
-    autoscaling: Autoscaling | None = None
+    autoscaling: Annotated[Autoscaling | None, Mark.PLACEMENT] = None
     """Let Serve choose the number of replicas instead."""
-    num_cpus: float = Field(default=1.0, ge=0)
+    num_cpus: Annotated[float, Mark.PLACEMENT] = Field(default=1.0, ge=0)
     """Logical CPUs of one replica."""
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_gpus: Annotated[float, Mark.PLACEMENT] = Field(default=0.0, ge=0)
     """GPUs of one replica."""
-    memory_gib: float = Field(default=0.3, gt=0)
-    """Expected host memory per replica, shown by --dry-run."""
-    batch_size: int = Field(default=1, ge=1)
+    memory_gib: MemoryGib = 0.3
+    batch_size: Annotated[int, Mark.PLACEMENT] = Field(default=1, ge=1)
     """Requests (a request is one group of images) that a replica scores together, at most."""
-    batch_wait_s: float = Field(default=0.01, ge=0)
+    batch_wait_s: Annotated[float, Mark.PLACEMENT] = Field(default=0.01, ge=0)
     """Seconds that a request waits for others to fill a batch."""
-    runtime_env: dict[str, Any] | None = None
+    runtime_env: Annotated[dict[str, Any] | None, Mark.PLACEMENT] = None
     """Ray runtime environment of the replicas, such as {pip: [paddleocr]}."""
-    py_executable: str | None = None
+    py_executable: Annotated[str | None, Mark.PLACEMENT] = None
     """Python of another environment for the replicas. It must hold nft_ray, and the same Ray as here."""
 
 
 class TorchRewardConfig(RewardConfig):
     """What the section of a reward with a torch model says besides."""
 
-    device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: Annotated[str | None, Mark.PLACEMENT] = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
     """`cpu` or `cuda`; null = cuda where the replica has been given a GPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Mark.ROUNDING] = "float32"
     """Data type of the weights and of the forward."""
-    micro_batch_size: int = Field(default=64, ge=1)
+    micro_batch_size: Annotated[int, Mark.PLACEMENT] = Field(default=64, ge=1)
     """Images of one forward."""
-    weights: str | None = None
+    weights: Annotated[str | None, Mark.PLACEMENT] = None
     """Folder of the published files; null = NFT_RAY_WEIGHTS, or ~/.cache/nft_ray/weights."""
 
 
@@ -120,12 +133,18 @@ def reward_names() -> list[str]:
     return sorted(name for name in names - _NOT_REWARDS if not name.startswith("_"))
 
 
+def reward_class(name: str) -> type[RewardConfig]:
+    """The Config of a reward. ValueError for an unknown name."""
+    config_class: type[RewardConfig] = _module(name).Config
+    return config_class
+
+
 def reward_config(name: str, section: Mapping[str, Any]) -> RewardConfig:
     """The section `rewards.NAME` of an experiment, checked by that reward's own Config.
 
     Raises ValueError, on one line, for an unknown name, an unknown key (with the nearest known one) or a bad value.
     """
-    config_class: type[RewardConfig] = _module(name).Config
+    config_class = reward_class(name)
     try:
         return config_class.model_validate(section)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 
 MODEL = "openai/clip-vit-large-patch14"
@@ -22,7 +22,7 @@ SCALE = 100.0
 class Config(TorchRewardConfig):
     """Section `rewards.clipscore`."""
 
-    memory_gib: float = 3.0
+    memory_gib: MemoryGib = 3.0
 
 
 class ClipScore:

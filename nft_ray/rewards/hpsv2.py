@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 
 ARCHITECTURE = "ViT-H-14"
@@ -24,7 +24,7 @@ CHECKPOINT = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 class Config(TorchRewardConfig):
     """Section `rewards.hpsv2`."""
 
-    memory_gib: float = 5.0
+    memory_gib: MemoryGib = 5.0
 
 
 class HpsV2:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ STD = 1.0333394966054072
 class Config(TorchRewardConfig):
     """Section `rewards.imagereward`."""
 
-    memory_gib: float = 3.0
+    memory_gib: MemoryGib = 3.0
 
 
 class ImageReward:

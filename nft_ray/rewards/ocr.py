@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, RewardConfig, Scores, check_batch
 
 MIN_CONFIDENCE = 0.5
 """Texts that are recognised with less are no texts; PaddleOCR 2's `drop_score`, which the published reward keeps."""
@@ -38,7 +38,7 @@ class Config(RewardConfig):
 
     engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
     """What reads: `rapidocr`, which is installed, or `paddleocr` (release 3), in an environment of its own."""
-    memory_gib: float = 0.6
+    memory_gib: MemoryGib = 0.6
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 
 MODEL = "yuvalkirstain/PickScore_v1"
@@ -24,7 +24,7 @@ SCALE = 26.0
 class Config(TorchRewardConfig):
     """Section `rewards.pickscore`."""
 
-    memory_gib: float = 5.0
+    memory_gib: MemoryGib = 5.0
 
 
 class PickScore:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nft_ray.types import Mark
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWNED = {
     *("--model-path", "--model", "--host", "--port", "--api-key", "--config", "--chat-template"),
@@ -23,43 +25,43 @@ class SglangConfig(BaseModel):
 
     model_path: str = Field(min_length=1)
     """Folder or Hub name of the model."""
-    python: str
+    python: Annotated[str, Mark.PLACEMENT]
     """Python of the environment that holds sglang."""
-    name: str | None = None
+    name: Annotated[str | None, Mark.PLACEMENT] = None
     """Of the actor; null = sglang-MODEL."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Mark.PLACEMENT] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for callers on other nodes. Anything but loopback needs a key."""
-    port: int | None = Field(default=None, ge=1, le=65535)
+    port: Annotated[int | None, Mark.PLACEMENT] = Field(default=None, ge=1, le=65535)
     """null = one that is free; it stays the same over restarts."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str | None, Mark.PLACEMENT] = None
     """Name of the environment variable that holds the key, where `serve_sglang` is called."""
-    api_key_file: Path | None = None
+    api_key_file: Annotated[Path | None, Mark.PLACEMENT] = None
     """File that holds the key, where `serve_sglang` is called."""
     chat_template: str | None = None
-    mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
+    mem_fraction_static: Annotated[float | None, Mark.PLACEMENT] = Field(default=None, gt=0, lt=1)
     """Part of the GPU's memory for weights and KV cache."""
-    max_running_requests: Count | None = None
-    data_parallel_size: Count = 1
-    tensor_parallel_size: Count = 1
+    max_running_requests: Annotated[Count | None, Mark.PLACEMENT] = None
+    data_parallel_size: Annotated[Count, Mark.PLACEMENT] = 1
+    tensor_parallel_size: Annotated[Count, Mark.ROUNDING] = 1
     extra_args: tuple[str, ...] = ()
     """Further arguments of sglang, one word each."""
     env: dict[str, str] = {}
     """Further environment variables of the server. No secrets: a configuration is shown."""
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float | None = Field(default=None, ge=0)
+    num_cpus: Annotated[float, Mark.PLACEMENT] = Field(default=1.0, ge=0)
+    num_gpus: Annotated[float | None, Mark.PLACEMENT] = Field(default=None, ge=0)
     """GPUs of the actor; null = data_parallel_size * tensor_parallel_size."""
-    start_timeout_s: Seconds = 1800.0
+    start_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 1800.0
     """From the launch to the first answer; also the longest wait for free GPUs."""
-    health_interval_s: Seconds = 10.0
-    health_timeout_s: Seconds = 30.0
+    health_interval_s: Annotated[Seconds, Mark.PLACEMENT] = 10.0
+    health_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 30.0
     """sglang takes up to 20 s to find itself unhealthy (SGLANG_HEALTH_CHECK_TIMEOUT)."""
-    health_failures: Count = 3
+    health_failures: Annotated[Count, Mark.PLACEMENT] = 3
     """So many failed checks in a row mean a restart."""
-    max_restarts: int = Field(default=3, ge=0)
-    restart_window_s: Seconds = 3600.0
-    backoff_s: Seconds = 1.0
+    max_restarts: Annotated[int, Mark.PLACEMENT] = Field(default=3, ge=0)
+    restart_window_s: Annotated[Seconds, Mark.PLACEMENT] = 3600.0
+    backoff_s: Annotated[Seconds, Mark.PLACEMENT] = 1.0
     """Pause before a restart; doubles with each within the window, up to a minute."""
-    stop_timeout_s: Seconds = 10.0
+    stop_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 10.0
     """From SIGTERM to SIGKILL."""
 
     @field_validator("extra_args")

@@ -39,7 +39,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -49,6 +49,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from nft_ray.rewards._urls import Server, Servers, client_of, parse_retry_after
 from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
 from nft_ray.rewards.servers import SglangConfig
+from nft_ray.types import Mark
 
 logger = logging.getLogger(__name__)
 
@@ -77,25 +78,25 @@ _USER_ERRORS = {401, 403, 404}
 class Config(RewardConfig):
     """Section `rewards.unified_reward`."""
 
-    urls: tuple[str, ...] = ()
+    urls: Annotated[tuple[str, ...], Mark.PLACEMENT] = ()
     """Base URLs of OpenAI-compatible servers that run already, such as http://10.0.0.7:17140/v1; asked in turn."""
     server: SglangConfig | None = None
-    """Start an sglang server instead, which lives as long as the reward is deployed."""
+    """Start an sglang server instead, which lives as long as the reward is deployed. It says which model scores."""
     model: str = "UnifiedReward-7b-v1.5"
     """Name of the model at those servers."""
-    max_concurrency: int = Field(default=32, ge=1)
+    max_concurrency: Annotated[int, Mark.PLACEMENT] = Field(default=32, ge=1)
     """Requests of one replica in flight."""
-    timeout_s: float = Field(default=60.0, gt=0)
+    timeout_s: Annotated[float, Mark.PLACEMENT] = Field(default=60.0, gt=0)
     """Deadline of one request, from when it is sent."""
-    max_attempts: int = Field(default=6, ge=1)
+    max_attempts: Annotated[int, Mark.PLACEMENT] = Field(default=6, ge=1)
     """Failures of one image before it is missing; the default pauses bridge half a minute without any server."""
-    backoff_s: float = Field(default=1.0, gt=0)
+    backoff_s: Annotated[float, Mark.PLACEMENT] = Field(default=1.0, gt=0)
     """Pause of a URL after its first failure, in seconds."""
-    deadline_s: float = Field(default=110.0, gt=0)
+    deadline_s: Annotated[float, Mark.PLACEMENT] = Field(default=110.0, gt=0)
     """Deadline of a whole call. Above scorers.timeout_s, what has been scored until then would be lost as well."""
-    api_key_env: str = "UNIFIED_REWARD_API_KEY"
+    api_key_env: Annotated[str, Mark.PLACEMENT] = "UNIFIED_REWARD_API_KEY"
     """Environment variable with the key. Without it, and without a file, servers are asked without a key."""
-    api_key_file: str | None = None
+    api_key_file: Annotated[str | None, Mark.PLACEMENT] = None
     """File with the key, instead. Read once, at load."""
 
     @field_validator("urls")
