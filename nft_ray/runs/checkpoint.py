@@ -1,6 +1,7 @@
 """The folder of one run: checkpoints that are whole or absent, what belongs to it, and what may go on in it.
 
-    RUNS/NAME/config.yaml                   the resolved experiment
+    RUNS/NAME/config.yaml                   the resolved experiment, the newest
+    RUNS/NAME/configs/epoch-000010.yaml     the one with which the run went on after 10 finished epochs; 0: it began
     RUNS/NAME/checkpoints/epoch-000010/     policy, ema, optimizer, old-NNNNNN, ema-NNNNNN (safetensors), state.json
 
 A checkpoint is a FINISHED epoch. It is written beside its place, flushed to the disk and renamed into it, and only
@@ -10,6 +11,7 @@ prompt, seed and permutation is a function of (run seed, epoch), and state.json 
 
 import errno
 import json
+import logging
 import os
 import platform
 import shutil
@@ -26,24 +28,15 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nft_ray.config import ExperimentConfig, differences, dump, parse, resolved
-from nft_ray.types import AdapterWeights, LearnerState
+from nft_ray.config import ExperimentConfig, changes, differences, dump, mark_of, parse, resolved
+from nft_ray.types import AdapterWeights, LearnerState, Mark
 
 PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
-MAY_DIFFER = (
-    "run.num_epochs",
-    "run.root",
-    "run.keep_checkpoints",
-    "run.checkpoint_every",
-    "model.conditioning_cache",
-    "model.precomputed",
-    "model.text_encoders",
-    "tracking.",
-    "cluster.",
-)
-"""Keys under which a run may be resumed with another value: they change no weight."""
+SHOWN = 8
+"""Keys that an error or a warning names, at most."""
 PARTIAL = ".partial"
 GIT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,21 +58,36 @@ class RunFolder:
         self.results = results or path
 
     def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
-        """Make the folder this experiment's, or see that it is; ValueError lists the keys that differ otherwise."""
-        target = self.path / "config.yaml"
+        """Make the folder this experiment's, or go on in it: what differs says by its marks whether it can.
+
+        Other settings of placement are nothing, of rounding one warning, any else a ValueError that lists the keys.
+        """
+        target, history = self.path / "config.yaml", self.path / "configs"
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
-        if target.exists():
-            before = _completed(yaml.safe_load(target.read_text()))
-            changed = [key for key in differences(before, resolved(config)) if not key.startswith(MAY_DIFFER)]
-            if changed:
-                shown = ", ".join(changed[:8]) + (", ..." if len(changed) > 8 else "")
-                raise ValueError(
-                    f"run {config.run.name} exists in {self.path} with another config (differs in: {shown}): choose "
-                    f"another name with --set run.name=..., or replace that run with --overwrite"
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
+        before = _completed(yaml.safe_load(target.read_text())) if target.exists() else None
+        if before is not None:
+            self._check(before, config)
+        history.mkdir(parents=True, exist_ok=True)
+        if before is not None and not any(history.iterdir()):  # the run began before there was a history
+            shutil.copyfile(target, _in_history(history, 0))
+        if before != resolved(config):
+            done = whole_checkpoints(self.path / "checkpoints")
+            write_atomically(_in_history(history, _epoch_of(done[-1]) if done else 0), dump(config))
         write_atomically(target, dump(config))
+
+    def _check(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
+        after = resolved(config)
+        changed = {key: mark_of(config, key) for key in differences(before, after)}
+        if others := [key for key, mark in changed.items() if mark is Mark.RESULT]:
+            raise ValueError(
+                f"run {config.run.name} exists in {self.path} with another config (differs in: "
+                f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
+                "replace that run with --overwrite"
+            )
+        if rounded := [key for key, mark in changed.items() if mark is Mark.ROUNDING]:
+            what = changes(before, after, rounded, most=SHOWN)
+            _log.warning("run %s goes on with other last bits: %s", config.run.name, what)
 
     def save(self, epoch: int, state: LearnerState) -> Path:
         """Write the checkpoint of `epoch` finished epochs. OSError with one line where the disk is full."""
@@ -140,6 +148,14 @@ class RunFolder:
             "packages": package_versions(),
             "config": yaml.safe_load(config.read_text()) if config.exists() else None,
         }
+
+
+def _in_history(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:06d}.yaml"
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("epoch-"))
 
 
 def _completed(before: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
-from nft_ray.config import resolved
+from nft_ray.config import ExperimentConfig, parse, resolved
 from nft_ray.runs import checkpoint as module
 from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
 from nft_ray.types import AdapterWeights, LearnerState, Weights
@@ -230,7 +231,7 @@ class TestClaim:
         before = resolved(config)
         del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
-        with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction\)"):
+        with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction = 1\.0 there, 0\.5 here\)"):
             folder.claim(example_config("algorithm.kl_fraction=0.5"))
         folder.claim(config)
         assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == resolved(config)
@@ -246,29 +247,86 @@ class TestClaim:
             "tracking.experiment=other",
             "cluster.num_cpus=7",
             "cluster.wait_s=5",
+            "learner.num_workers=5",
+            "sampler.micro_batch_size=5",
+            "scorers.attach=True",
+            "evaluation.every=5",
         ],
     )
-    def test_what_changes_no_weight_may_differ(self, tmp_path: Path, override: str) -> None:
+    def test_with_another_placement_it_goes_on_silently(
+        self, tmp_path: Path, override: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         folder = RunFolder(tmp_path)
         folder.claim(example_config())
         folder.save(6, learner_state())
         folder.claim(example_config(override))
         assert names(folder) == ["epoch-000006"]
+        assert not caplog.records
         key, _, value = override.partition("=")
         section, name = key.split(".")
         assert str(yaml.safe_load((tmp_path / "config.yaml").read_text())[section][name]) in (value, f"{value}.0")
 
+    def test_with_another_rounding_it_goes_on_with_one_warning(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder, other = RunFolder(tmp_path), example_config("model.dtype=bfloat16", "sampler.lora=merged")
+        folder.claim(example_config())
+        for _ in range(2):  # the second time nothing is new
+            folder.claim(other)
+        (record,) = caplog.records
+        assert (record.levelname, record.getMessage()) == (
+            "WARNING",
+            "run quickstart goes on with other last bits: model.dtype = 'float32' there, 'bfloat16' here; "
+            "sampler.lora = 'auto' there, 'merged' here",
+        )
+
+    def test_a_stage_goes_on_as_the_run_does(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        def staged(section: dict[str, Any]) -> ExperimentConfig:
+            data = resolved(example_config())
+            stage = {"name": "one", "num_epochs": 2, "rewards": {"geneval": None}}
+            return parse({**data, "stages": [stage | section]})
+
+        folder = RunFolder(tmp_path)
+        folder.claim(staged({}))
+        folder.claim(staged({"learner": {"micro_batch_size": 8}, "rewards": {"geneval": {"num_replicas": 2}}}))
+        assert not caplog.records
+        with pytest.raises(ValueError, match=r"differs in: stages.0.algorithm.beta = None there, 0.3 here\)"):
+            folder.claim(staged({"algorithm": {"beta": 0.3}}))
+        with pytest.raises(ValueError, match=r"differs in: stages = \["):
+            folder.claim(example_config())
+
+    def test_every_configuration_is_kept_with_the_epoch_it_began_at(self, tmp_path: Path) -> None:
+        def history() -> dict[str, Any]:
+            return {file.name: yaml.safe_load(file.read_text()) for file in sorted(tmp_path.glob("configs/*"))}
+
+        folder, other = RunFolder(tmp_path), example_config("learner.num_workers=3")
+        folder.claim(example_config())
+        assert history() == {"epoch-000000.yaml": resolved(example_config())}
+        folder.save(6, learner_state())
+        folder.claim(example_config())  # nothing changed
+        folder.claim(other)
+        assert history() == {
+            "epoch-000000.yaml": resolved(example_config()),
+            "epoch-000006.yaml": resolved(other),
+        }
+        shutil.rmtree(tmp_path / "configs")  # as in a run from before it was kept
+        folder.save(8, learner_state(8))
+        folder.claim(example_config())
+        assert list(history()) == ["epoch-000000.yaml", "epoch-000008.yaml"]
+        assert history()["epoch-000000.yaml"] == resolved(other)
+
     @pytest.mark.parametrize(
         ("overrides", "keys"),
         [
-            (["run.seed=1"], "run.seed"),
-            (["run.num_epochs=9", "model.lora.rank=2"], "model.lora.rank"),
+            (["run.seed=1"], "run.seed = 0 there, 1 here"),
+            (["run.num_epochs=9", "model.lora.rank=2"], "model.lora.rank = 4 there, 2 here"),
+            (["learner.num_workers=9", "algorithm.beta=0.3"], "algorithm.beta = 0.15 there, 0.3 here"),
             (
-                ["learner.betas=[0.8,0.9]", "algorithm.old_policy_decay=linear"],
-                "algorithm.old_policy_decay, learner.betas",
+                ["learner.betas=[0.8,0.9]", "algorithm.kl_weight=1"],
+                "algorithm.kl_weight = 0.0 there, 1.0 here; learner.betas = [0.9, 0.999] there, [0.8, 0.9] here",
             ),
-            (["rewards.geneval.weight=2"], "rewards.geneval.weight"),
-            (["rewards.jpeg_compressibility.weight=2"], "rewards.jpeg_compressibility"),
+            (["rewards.geneval.weight=2"], "rewards.geneval.weight = 1.0 there, 2.0 here"),
+            (["rewards.jpeg_compressibility.weight=2"], "rewards.jpeg_compressibility = None there, {"),
         ],
     )
     def test_another_experiment_is_refused_by_its_keys(self, tmp_path: Path, overrides: list[str], keys: str) -> None:
@@ -278,17 +336,17 @@ class TestClaim:
         before = (tmp_path / "config.yaml").read_text()
         with pytest.raises(ValueError, match=r"^run quickstart exists in .*--set run\.name=.*--overwrite$") as error:
             folder.claim(example_config(*overrides))
-        assert f"(differs in: {keys})" in str(error.value)
+        assert f"(differs in: {keys}" in str(error.value)
         assert "\n" not in str(error.value)
         assert (tmp_path / "config.yaml").read_text() == before
         assert names(folder) == ["epoch-000006"]
 
     def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
         RunFolder(tmp_path).claim(example_config())
-        learner = [f"learner.{key}" for key in ("num_cpus=9", "num_gpus=1", "num_threads=9", "memory_gib=9")]
-        others = [f"sampler.{key}" for key in ("num_cpus=9", "num_gpus=1", "num_threads=9", "memory_gib=9")]
-        with pytest.raises(ValueError, match=r"differs in: learner\..*sampler\.num_gpus, \.\.\.\)"):
-            RunFolder(tmp_path).claim(example_config("run.seed=3", *learner, *others))
+        learner = [f"learner.{key}" for key in ("learning_rate=9", "weight_decay=9", "max_grad_norm=9")]
+        others = [f"algorithm.{key}" for key in ("beta=9", "kl_weight=9", "advantage_clip=9", "ema_decay=0.1")]
+        with pytest.raises(ValueError, match=r"differs in: algorithm\..*prompts\.groups_per_epoch = .*; \.\.\.\)"):
+            RunFolder(tmp_path).claim(example_config("run.seed=3", "prompts.groups_per_epoch=9", *learner, *others))
 
     def test_overwrite_begins_anew(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / "run")
@@ -297,7 +355,7 @@ class TestClaim:
         folder.save(6, learner_state())
         folder.claim(example_config("run.seed=1"), overwrite=True)
         assert folder.latest() is None
-        assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+        assert sorted(path.name for path in folder.path.rglob("*.yaml")) == ["config.yaml", "epoch-000000.yaml"]
         assert (tmp_path / "other").is_dir()
         RunFolder(tmp_path / "new").claim(example_config(), overwrite=True)  # nothing there to replace
         assert (tmp_path / "new" / "config.yaml").exists()

@@ -1,0 +1,53 @@
+"""A run that was stopped goes on with other settings, as far as their marks allow."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nft_ray.cli.main import main
+from nft_ray.runs import tracking
+from nft_ray.runs.checkpoint import whole_checkpoints
+from tests.examples import QUICKSTART, SMALL
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """`nft-ray train --local` with a checkpoint per epoch, two held-out lines and no MLflow."""
+    monkeypatch.setenv("NFT_RAY_RUNS", str(tmp_path))
+    monkeypatch.setattr(tracking, "RETRY_DELAYS_S", ())
+    lines = (QUICKSTART.parents[1] / "nft_ray" / "shapes" / "prompts" / "test.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:2]))
+    always = (*SMALL, "run.checkpoint_every=1", "evaluation.picture_lines=[0]", "tracking.uri=file:///dev/null/x")
+
+    def run(*settings: str) -> int:
+        chosen = [*always, f"prompts.test={tmp_path / 'test.jsonl'}", *settings]
+        return main(["train", str(QUICKSTART), "--local", *(part for one in chosen for part in ("--set", one))])
+
+    return run
+
+
+def test_a_stopped_run_goes_on_as_the_marks_say(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "quickstart"
+    assert train("run.num_epochs=1", "learner.num_workers=2") == 0
+    capsys.readouterr(), caplog.clear()
+
+    elsewhere = ("learner.micro_batch_size=7", "sampler.num_workers=1", "sampler.timeout_s=300", "evaluation.every=1")
+    assert train("run.num_epochs=2", *elsewhere) == 0
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert not [record for record in caplog.records if record.name.startswith("nft_ray.runs.checkpoint")]
+    assert whole_checkpoints(run / "checkpoints")[-1].name == "epoch-000002"
+    assert [line["epoch"] for line in tracking.read_metrics(run)] == [0, 1, 2]
+    workers = [yaml.safe_load(file.read_text())["learner"]["num_workers"] for file in sorted(run.glob("configs/*"))]
+    assert workers == [2, 1]
+    assert [file.name for file in sorted(run.glob("configs/*"))] == ["epoch-000000.yaml", "epoch-000001.yaml"]
+
+    assert train("run.num_epochs=3", *elsewhere, "algorithm.beta=0.3") == 1
+    error = capsys.readouterr().err
+    assert "exists in" in error
+    assert "(differs in: algorithm.beta = 0.15 there, 0.3 here)" in error
