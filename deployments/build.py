@@ -4,11 +4,11 @@ Applications are detached: they outlive the job that made them, so who deploys d
 was `nft-ray rewards serve`, whose purpose it is that they stay. `deploy` returns what IT made, and only that.
 
 Failure policy: an application of the same name is someone else's and never overwritten; jobs that start together look
-and deploy one after the other. Without `scorers.attach` it is
-refused; with it, it is used if it was made from the same configuration, else refused with the keys that differ. One
-that cannot start takes the others of this call down with it and raises a single line with its cause. Who attaches to an
-application of a job that ends loses it: its rewards are then missing, and the run stops by
-`scorers.max_missing_fraction`. What is meant to be shared is best deployed by `nft-ray rewards serve`.
+and deploy one after the other. Without `scorers.attach` it is refused; with it, it is used if it was made from the same
+configuration (placement apart: see nft_ray.types.Mark), else refused with the keys that differ. One that cannot start
+takes the others of this call down with it and raises a single line with its cause. Who attaches to an application of a
+job that ends loses it: its rewards are then missing, and the run stops by `scorers.max_missing_fraction`. What is meant
+to be shared is best deployed by `nft-ray rewards serve`.
 """
 
 import asyncio
@@ -32,8 +32,9 @@ from ray.serve.schema import ApplicationStatusOverview
 from deployments.plane import NAMESPACE, PREFIX, Dashboard, delete, drop_server, serve_details, server_name
 from deployments.reward_app import Load, application
 from deployments.sglang_server import serve_sglang
-from nft_ray.config import ExperimentConfig, HttpConfig, differences
-from nft_ray.rewards.base import Autoscaling, RewardConfig, load_reward
+from nft_ray.config import ExperimentConfig, HttpConfig, changes, differences, mark_of
+from nft_ray.rewards.base import Autoscaling, RewardConfig, RewardUse, load_reward
+from nft_ray.types import Mark
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ LOCK = "deploying-rewards"
 POLL_S = 0.1
 REPORT_S = 10.0
 PROBE_S = 60.0
-SCALING = {"weight", "eval_only", "num_replicas", "autoscaling", "memory_gib"}
-"""What two jobs that share a reward may say differently: it is not the application's, or changes while it runs."""
+SHOWN = 3
+"""Settings that the error about another configuration names, at most."""
 
 
 async def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboard_url: str | None = None) -> list[str]:
@@ -136,8 +137,11 @@ async def _with_server(name: str, section: Mapping[str, Any], config: RewardConf
 
 
 def describe(name: str, config: RewardConfig) -> dict[str, Any]:
-    """What a replica says of itself, and what is compared before it is shared: its configuration and our version."""
-    section = {key: value for key, value in config.model_dump(mode="json").items() if key not in SCALING}
+    """What a replica says of itself, and what is compared before it is shared: its configuration and our version.
+
+    What a run makes of the scores (`RewardUse`) is not the replica's.
+    """
+    section = config.model_dump(mode="json", exclude=set(RewardUse.model_fields))
     return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
 
 
@@ -224,11 +228,23 @@ async def _ask(name: str, method: str, wait_s: float) -> Any:
 async def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
     if not config.scorers.attach:
         raise _exists(name)
-    found = dict(await _ask(name, "describe", config.cluster.wait_s))
-    if keys := differences(found, wanted):
-        changes = ", ".join(f"{key} is {_at(found, key)!r} there, {_at(wanted, key)!r} here" for key in keys[:3])
-        raise ValueError(f"Serve application {PREFIX}{name} was deployed with another configuration: {changes}")
+    check_shared(name, dict(await _ask(name, "describe", config.cluster.wait_s)), wanted, config)
     logger.info("using %s%s, which is deployed already", PREFIX, name)
+
+
+def check_shared(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
+    """ValueError where a deployed reward is not the one that is wanted, both as `describe` gives them."""
+    if keys := [key for key in differences(found, wanted) if mark_of(config, key) is not Mark.PLACEMENT]:
+        raise ValueError(
+            f"Serve application {PREFIX}{name} was deployed with another configuration: "
+            f"{changes(found, wanted, keys, most=SHOWN)}"
+        )
+    deadline_s = found["rewards"][name].get("deadline_s", 0.0)
+    if deadline_s >= config.scorers.timeout_s:
+        raise ValueError(
+            f"Serve application {PREFIX}{name} was deployed with deadline_s = {deadline_s:g}: what is scored by then "
+            f"is lost unless it is below scorers.timeout_s = {config.scorers.timeout_s:g}; raise that"
+        )
 
 
 def _exists(name: str) -> ValueError:
@@ -236,13 +252,6 @@ def _exists(name: str) -> ValueError:
         f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
         f"delete it with `nft-ray rewards delete {name}`"
     )
-
-
-def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = tree
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _start_serve(http: HttpConfig | None, dashboard_url: str | None) -> None:

@@ -6,7 +6,10 @@
     DIR/summary.json         metric -> mean, 95 % interval, count, missing
 
 A batch is written after its pictures, whole: resumed, every other batch is drawn again exactly as it was, so killed
-and resumed gives the same bytes. Nothing in results.jsonl depends on time, worker or order of arrival.
+and resumed with the same settings on the same hardware gives the same bytes. Nothing in results.jsonl depends on time,
+worker or order of arrival. With other placement (nft_ray.types.Mark: micro-batches, compile, another GPU) it goes on as
+well, and the lines that are left may differ in their last bits. Other rounding is another evaluation: half of one in
+float16 would be neither.
 """
 
 import fcntl
@@ -21,10 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nft_ray.config import ExperimentConfig, LoraConfig, differences
+from nft_ray.config import ExperimentConfig, LoraConfig, changes, differences, essence
 from nft_ray.prompts.draw import PromptSet
-from nft_ray.rewards.base import RewardConfig
-from nft_ray.runs.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
+from nft_ray.rewards.base import RewardUse
+from nft_ray.runs.checkpoint import PARTIAL, package_versions, write_atomically
 from nft_ray.types import Rewards, RolloutRequest
 
 IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (
@@ -34,12 +37,8 @@ IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (
     "contact_sheet.png",
     "compare.json",
 )
-WHERE_NOT_WHAT = {"device", "weights", "urls", "server", "micro_batch_size"}
-"""Fields of a reward's section that say where it runs: a score does not depend on them."""
-
-
-ROUNDING = {"micro_batch_size", "decode_batch_size", "lora", "compile"}
-"""Fields of `sampler` on which the last bits of an image depend."""
+SHOWN = 4
+"""Settings that the error about another evaluation names, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +125,10 @@ class EvaluationFolder:
         if (self.path / IDENTITY).exists():
             before = read_identity(self.path)
             if changed := differences(before, identity):
-                shown = ", ".join(f"{key} = {_at(before, key)!r} there" for key in changed[:4])
                 raise ValueError(
-                    f"--output {self.path}: holds another evaluation (differs in: {shown}): choose another folder, or "
-                    "replace it with --overwrite"
+                    f"--output {self.path}: holds another evaluation (differs in: "
+                    f"{changes(before, identity, changed, most=SHOWN)}): choose another folder, or replace it with "
+                    "--overwrite"
                 )
         elif (self.path / RESULTS).exists():
             raise ValueError(f"--output {self.path}: holds {RESULTS} without {IDENTITY}; choose another folder")
@@ -174,23 +173,22 @@ def read_identity(folder: Path) -> dict[str, Any]:
 def identity(
     config: ExperimentConfig, prompts: PromptSet, lora: LoraConfig | None, checksum: str | None
 ) -> dict[str, Any]:
-    """Everything that a result depends on, as plain data: two evaluations are one where this is equal."""
-    own = {
-        name: section.model_dump(mode="json", exclude=set(RewardConfig.model_fields) | WHERE_NOT_WHAT)
-        for name, section in config.reward_configs.items()
-    }
-    memory_only = {key.removeprefix("model.") for key in MAY_DIFFER if key.startswith("model.")}
+    """Everything that a result depends on, as plain data: two evaluations are one where this is equal.
+
+    What the marks call placement is not in it, nor the training; of `sampler` an evaluation takes only how it is placed
+    and its LoRA.
+    """
     trained: dict[str, Any] | None = None if checksum is None else {"checksum": checksum}  # alone: all weights
     if trained is not None and lora is not None:
         trained |= {"rank": lora.rank, "alpha": lora.alpha}
-    evaluation = config.evaluation.model_dump(mode="json", exclude={"every", "picture_lines"})
+    rewards = config.reward_configs
     return {
-        "model": config.model.model_dump(mode="json", exclude={"lora", "tuning", *memory_only}),
+        "model": essence(config.model, exclude={"lora", "tuning"}),
         "lora": trained,
         "prompts": {"lines": len(prompts), "checksum": _digest(prompts)},
-        "evaluation": evaluation,
-        "sampler": config.sampler.model_dump(mode="json", include=ROUNDING),
-        "rewards": own,
+        "evaluation": essence(config.evaluation, exclude={"picture_lines"}),  # they show, and change no figure
+        "sampler": {"lora": config.sampler.lora},
+        "rewards": {name: essence(section, exclude=RewardUse.model_fields) for name, section in rewards.items()},
     }
 
 
@@ -225,10 +223,3 @@ def _encoded(result: LineResult) -> str:
 def _digest(prompts: PromptSet) -> str:
     lines = [[prompt.text, dict(prompt.metadata)] for prompt in prompts.lines]
     return hashlib.blake2b(json.dumps(lines, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = tree
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

@@ -1,14 +1,18 @@
 """The folder of one evaluation: whole lines only, one evaluation only, nothing else touched."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results, read_results
+from nft_ray.config import differences
+from nft_ray.evaluation.results import EvaluationFolder, LineResult, identity, line_results, read_results
+from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
 from nft_ray.types import Prompt, RolloutItem, RolloutRequest
+from tests.examples import example_config
 
 WHAT = {"evaluation": {"seed": 0, "guidance": 1.0}, "lora": None}
 
@@ -47,7 +51,7 @@ def test_another_evaluation_is_refused_with_what_differs(tmp_path: Path) -> None
         folder.append([result(0)])
     other = {"evaluation": {"seed": 0, "guidance": 4.5}, "lora": None}
     with (
-        pytest.raises(ValueError, match=r"differs in: evaluation.guidance = 1.0 there\).*--overwrite"),
+        pytest.raises(ValueError, match=r"differs in: evaluation.guidance = 1.0 there, 4.5 here\).*--overwrite"),
         folder.claim(other, {}, overwrite=False),
     ):
         pass
@@ -110,3 +114,20 @@ def test_a_missing_reward_is_null_and_counted() -> None:
     assert lines[1].scores == {"gone": None, "ocr": None}
     assert lines[1].details == {"ocr/x": None}
     assert [line.missing for line in lines] == [["gone"], ["gone", "ocr"]]
+
+
+def test_placement_is_no_part_of_an_evaluation_and_rounding_is() -> None:
+    def of(*overrides: str) -> dict[str, Any]:
+        return identity(example_config(*overrides), prompts, None, None)
+
+    prompts = PromptSet(lines=(Prompt(id=0, text="x"),))
+    placed = ("sampler.micro_batch_size=3", "sampler.compile=true", "model.precomputed=/x", "evaluation.every=7")
+    assert of(*placed, "rewards.geneval.device=cpu", "rewards.geneval.weight=3", "learner.num_workers=7") == of()
+    for key, value in {
+        "model.dtype": "bfloat16",
+        "sampler.lora": "merged",
+        "evaluation.batch_size": 3,
+        "rewards.geneval.dtype": "bfloat16",
+        "rewards.geneval.credit": "soft",
+    }.items():
+        assert differences(of(), of(f"{key}={value}")) == [key]
