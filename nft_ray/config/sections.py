@@ -23,6 +23,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), Mark.PLACEMENT]
     """Folder of the run under `root` (so never `..`), and its name in MLflow."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Every prompt, noise and permutation is a function of this."""
     num_epochs: Annotated[Positive, Mark.PLACEMENT] = 100
     """Epochs of collect + update; may be raised when a run is resumed."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
@@ -32,6 +33,7 @@ class RunConfig(Section):
     checkpoint_every: Annotated[Positive, Mark.PLACEMENT] = 10
     """Epochs between checkpoints; the last epoch always makes one."""
     keep_checkpoints: Annotated[Positive, Mark.PLACEMENT] = 2
+    """Newest checkpoints that stay."""
 
 
 class ClusterConfig(Section):
@@ -48,7 +50,9 @@ class ClusterConfig(Section):
 
 class LoraConfig(Section):
     rank: Positive = 32
+    """Rank of every layer's update."""
     alpha: Positive = 64
+    """The update is multiplied by alpha / rank."""
     targets: tuple[str, ...] | None = None
     """Names of the linear layers; null = what the model family recommends."""
     start: str | None = None
@@ -131,10 +135,12 @@ class PromptsConfig(Section):
     groups_per_epoch: Positive = 48
     """Prompts drawn per epoch, without replacement."""
     images_per_group: Annotated[int, Field(ge=2)] = 24
+    """Images drawn for each of them."""
 
 
 class WorkersConfig(Section):
     num_workers: Annotated[Positive, Mark.PLACEMENT] = 1
+    """Ray actors."""
     num_cpus: Annotated[float, Field(ge=0), Mark.PLACEMENT] = 1.0
     """Ray CPUs reserved per worker (a fraction is fine)."""
     num_gpus: Annotated[float, Field(ge=0), Mark.PLACEMENT] = 0.0
@@ -149,6 +155,7 @@ class WorkersConfig(Section):
 
 class SamplerConfig(WorkersConfig):
     solver: Solver = "euler"
+    """Solver of training rollouts."""
     num_steps: Positive = 10
     """Points of the sigma schedule (the solver's own stages come on top)."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
@@ -173,9 +180,13 @@ class SamplerConfig(WorkersConfig):
 
 class LearnerConfig(WorkersConfig):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
     optimizer_steps: Positive = 1
     """Optimizer steps per epoch; they partition the epoch's samples."""
     micro_batch_size: Annotated[Positive, Mark.PLACEMENT] = 16
@@ -195,6 +206,7 @@ class HttpConfig(Section):
     host: Annotated[str, Mark.PLACEMENT] = "127.0.0.1"
     """Address to listen on, on the head node; anything but loopback needs a token."""
     port: Annotated[int, Field(ge=1, le=65535), Mark.PLACEMENT] = 8000
+    """TCP port."""
     token: Annotated[SecretStr | None, Mark.PLACEMENT] = None
     """Required of every request as `Authorization: Bearer TOKEN`; write ${oc.env:NAME}, not the token itself."""
 
@@ -218,9 +230,11 @@ class ScorersConfig(Section):
     timeout_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 120.0
     """Deadline of one call of one reward."""
     max_attempts: Annotated[Positive, Mark.PLACEMENT] = 3
+    """How often a call is made before the reward is missing."""
     max_in_flight: Annotated[Positive, Mark.PLACEMENT] = 16
     """Calls per reward at once (a call scores one group)."""
     combine: Literal["sum", "normalized"] = "sum"
+    """Advantages are of the weighted sum of the rewards, or the weighted mean of each reward's own."""
 
 
 class EvaluationConfig(Section):
@@ -229,8 +243,11 @@ class EvaluationConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Noise of line i is a function of this and i only."""
     solver: Solver = "euler"
+    """Solver of evaluations."""
     num_steps: Positive = 40
+    """Points of its sigma schedule."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Classifier-free guidance; 1 = off."""
     batch_size: Annotated[Positive, Mark.ROUNDING] = 16
     """Lines per request; fixed, so that the figures do not depend on the number of workers."""
     picture_lines: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -241,6 +258,7 @@ class TrackingConfig(Section):
     uri: Annotated[str | None, Mark.PLACEMENT] = None
     """MLflow tracking URI; null = ROOT/mlflow.db, shared by all runs."""
     experiment: Annotated[str, Mark.PLACEMENT] = "nft_ray"
+    """Name of the MLflow experiment."""
 
 
 class StageConfig(Section):
@@ -249,14 +267,21 @@ class StageConfig(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w-]*$")]
     """Shown in the console; names the folder of the stage's evaluations."""
     num_epochs: Positive
+    """Epochs of this stage."""
     prompts: dict[str, Any] = {}
+    """What is different in `prompts`."""
     sampler: dict[str, Any] = {}
+    """What is different in `sampler`."""
     learner: dict[str, Any] = {}
+    """What is different in `learner`."""
     algorithm: dict[str, Any] = {}
+    """What is different in `algorithm`."""
     rewards: Annotated[dict[str, Any], Field(min_length=1)] | None = None
     """Exactly the rewards of this stage, each over its section in the experiment; null = all of the experiment's."""
     scorers: dict[str, Any] = {}
+    """What is different in `scorers`."""
     evaluation: dict[str, Any] = {}
+    """What is different in `evaluation`."""
 
     @field_validator("rewards", mode="before")
     @classmethod

@@ -67,7 +67,9 @@ class Autoscaling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     min_replicas: Annotated[int, Mark.PLACEMENT] = Field(default=1, ge=0)
+    """Replicas at rest."""
     max_replicas: Annotated[int, Mark.PLACEMENT] = Field(ge=1)
+    """Replicas at most."""
     target_ongoing_requests: Annotated[float, Mark.PLACEMENT] = Field(default=2.0, gt=0)
     """Requests in work or waiting per replica that are aimed at."""
 

@@ -38,27 +38,35 @@ class SglangConfig(BaseModel):
     api_key_file: Annotated[Path | None, Mark.PLACEMENT] = None
     """File that holds the key, where `serve_sglang` is called."""
     chat_template: str | None = None
+    """Name or file; null = the model's."""
     mem_fraction_static: Annotated[float | None, Mark.PLACEMENT] = Field(default=None, gt=0, lt=1)
     """Part of the GPU's memory for weights and KV cache."""
     max_running_requests: Annotated[Count | None, Mark.PLACEMENT] = None
+    """Requests in one batch, at most."""
     data_parallel_size: Annotated[Count, Mark.PLACEMENT] = 1
+    """Copies of the model."""
     tensor_parallel_size: Annotated[Count, Mark.ROUNDING] = 1
+    """GPUs that one copy is spread over."""
     extra_args: tuple[str, ...] = ()
     """Further arguments of sglang, one word each."""
     env: dict[str, str] = {}
     """Further environment variables of the server. No secrets: a configuration is shown."""
     num_cpus: Annotated[float, Mark.PLACEMENT] = Field(default=1.0, ge=0)
+    """CPUs of the actor."""
     num_gpus: Annotated[float | None, Mark.PLACEMENT] = Field(default=None, ge=0)
     """GPUs of the actor; null = data_parallel_size * tensor_parallel_size."""
     start_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 1800.0
     """From the launch to the first answer; also the longest wait for free GPUs."""
     health_interval_s: Annotated[Seconds, Mark.PLACEMENT] = 10.0
+    """Pause between two health checks."""
     health_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 30.0
     """sglang takes up to 20 s to find itself unhealthy (SGLANG_HEALTH_CHECK_TIMEOUT)."""
     health_failures: Annotated[Count, Mark.PLACEMENT] = 3
     """So many failed checks in a row mean a restart."""
     max_restarts: Annotated[int, Mark.PLACEMENT] = Field(default=3, ge=0)
+    """Restarts within the window; after them the server is given up."""
     restart_window_s: Annotated[Seconds, Mark.PLACEMENT] = 3600.0
+    """That window."""
     backoff_s: Annotated[Seconds, Mark.PLACEMENT] = 1.0
     """Pause before a restart; doubles with each within the window, up to a minute."""
     stop_timeout_s: Annotated[Seconds, Mark.PLACEMENT] = 10.0
