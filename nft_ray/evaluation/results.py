@@ -12,6 +12,7 @@ and resumed gives the same bytes. Nothing in results.jsonl depends on time, work
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from nft_ray.rewards.base import RewardConfig
 from nft_ray.runs.checkpoint import MAY_DIFFER, PARTIAL, package_versions, write_atomically
 from nft_ray.types import Rewards, RolloutRequest
 
+_log = logging.getLogger(__name__)
 IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (
     "evaluation.json",
     "results.jsonl",
@@ -78,6 +80,8 @@ class EvaluationFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.path}: another evaluation is at work there") from None
+            except OSError as error:  # some network file systems have no locks
+                _log.warning("%s: two evaluations at once would not be noticed there: %s", self.path, error)
             if overwrite:
                 self._clear()
             self._check(identity)
