@@ -15,6 +15,7 @@ float16 would be neither.
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from nft_ray.rewards.base import RewardUse
 from nft_ray.runs.checkpoint import PARTIAL, package_versions, write_atomically
 from nft_ray.types import Rewards, RolloutRequest
 
+_log = logging.getLogger(__name__)
 IDENTITY, RESULTS, SUMMARY, SHEET, COMPARISON = (
     "evaluation.json",
     "results.jsonl",
@@ -77,6 +79,8 @@ class EvaluationFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.path}: another evaluation is at work there") from None
+            except OSError as error:  # some network file systems have no locks
+                _log.warning("%s: two evaluations at once would not be noticed there: %s", self.path, error)
             if overwrite:
                 self._clear()
             self._check(identity)

@@ -1,5 +1,7 @@
 """The folder of one evaluation: whole lines only, one evaluation only, nothing else touched."""
 
+import errno
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,22 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         folder.claim(WHAT, {}, overwrite=False),
     ):
         pass
+
+
+def test_where_the_file_system_has_no_locks_it_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some network file systems: a training run must not end at its first evaluation."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    folder = EvaluationFolder(tmp_path)
+    with folder.claim(WHAT, {}, overwrite=False):
+        folder.append([result(0)])
+    assert folder.results() == [result(0)]
+    assert "No locks available" in caplog.text
 
 
 def test_results_without_their_identity_are_not_gone_on_with(tmp_path: Path) -> None:
