@@ -15,21 +15,20 @@ purpose: a wrong position earns 0 (published: 1.0 is appended after the 0.0), a 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nft_ray.downloads.published import PublishedFile
 from nft_ray.rewards import _vocabulary
+from nft_ray.rewards._detections import Asked, Box, Detector
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
 from nft_ray.rewards.weights import require, weights_root
 
 if TYPE_CHECKING:
     from nft_ray.shapes.detector import Detections as ShapesDetections
 
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels, y downwards."""
 Objects = Mapping[str, Sequence[tuple[Box, float]]]
 """class -> [(box, confidence), ...], by falling confidence once selected."""
 ColorsOf = Callable[[str, list[Box]], list[str]]
@@ -204,37 +203,6 @@ class Config(TorchRewardConfig):
         if isinstance(section, Mapping) and section.get("detector") == "mask2former":
             return {"memory_gib": 4.0} | dict(section)
         return section
-
-
-class Detections(Protocol):
-    """What a detector found in one image."""
-
-    @property
-    def objects(self) -> Mapping[str, list[tuple[Box, float]]]: ...
-
-
-D = TypeVar("D", bound=Detections)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked(Generic[D]):
-    """A question about colours: those of some boxes of `detections.objects[class_name]`."""
-
-    detections: D
-    class_name: str
-    boxes: list[Box]
-
-
-class Detector(Protocol[D]):
-    """Finds objects in images, with any confidence (the thresholds are the reward's), and then tells their colours."""
-
-    def detect(self, images: np.ndarray) -> Sequence[D]:
-        """images uint8 (B, H, W, 3) -> what is in each."""
-        ...
-
-    def colors_of(self, asked: Sequence[Asked[D]]) -> Sequence[list[str]]:
-        """For each question, about any of the images, one colour per box. Asked at most once per batch."""
-        ...
 
 
 class GenEval:
