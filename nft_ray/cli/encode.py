@@ -11,9 +11,9 @@ import torch
 
 from nft_ray.cli.console import say
 from nft_ray.config import load
-from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import check_model, family, quiet_libraries
 from nft_ray.models.conditioning import conditioner
+from nft_ray.models.parts import prepare
 from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import load_prompts
 

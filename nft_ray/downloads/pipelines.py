@@ -11,11 +11,10 @@ is whole is never fetched again; within a file the Hub's client goes on where a 
 for requests and appears nowhere else.
 """
 
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from nft_ray.config import ModelConfig
-
 logger = logging.getLogger(__name__)
 
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What the Hub's client raises."""
 NANO = "nano-sd3"
-ALWAYS = ("scheduler", "transformer", "vae")
-WEIGHTS = ("diffusion_pytorch_model", "model")
+Whole = Callable[[Path], bool]
+"""Whether a snapshot has all that is needed of it (models/parts.py)."""
 REPORT_S = 10.0
 """Seconds between two lines of progress."""
 ATTEMPTS = 3
@@ -71,61 +68,46 @@ def location(path: str) -> Path | None:
     return None
 
 
-def folder_of(config: ModelConfig) -> Path | None:
-    """The folder of a pipeline; of a Hub id the snapshot with its JSON files, None where the Hub cannot be reached.
+def described(path: str, revision: str | None, small: Sequence[str]) -> Path | None:
+    """The snapshot of a Hub id with these small files; None where the Hub cannot be reached.
 
     ValueError with one line where the Hub says no: a licence to accept, a name or a revision that is not there.
     """
-    folder = location(config.path)
-    if folder is not None:
-        return folder
-    small = ["model_index.json", "transformer/config.json", "vae/config.json"]
     mine = token()
     try:
-        return Path(_snapshot(config.path, config.revision, small, mine, etag_timeout=3))
+        return Path(_snapshot(path, revision, small, mine, etag_timeout=3))
     except LocalEntryNotFoundError:
         return None  # the nodes may have it, or reach it
     except FAILURES as error:
-        raise explained(error, _subject(config), config.path, mine) from None
+        raise explained(error, _subject(path, revision), path, mine) from None
 
 
-def prepare(config: ModelConfig, text_parts: Sequence[str], *, transformer_only: bool) -> Path:
-    """The folder with every part that is needed; downloads it first where it must."""
-    folder = location(config.path)
-    if folder is not None:
-        return folder
-    wanted = patterns(text_parts, transformer_only)
-    cached = _cached(config, wanted, text_parts, transformer_only)
+def prepare(path: str, revision: str | None, wanted: Sequence[str], whole: Whole) -> Path:
+    """The snapshot of a Hub id with the wanted files, once `whole` says so; downloads it first where it must."""
+    cached = _cached(path, revision, wanted, whole)
     if cached is None:
-        for line in fetch(config, text_parts, transformer_only=transformer_only, token=token()):
+        for line in fetch(path, revision, wanted, whole, token()):
             logger.info(line)
-        cached = _cached(config, wanted, text_parts, transformer_only)
+        cached = _cached(path, revision, wanted, whole)
     if cached is None:
-        raise ValueError(f"model.path = {config.path}: the repository is no whole pipeline in diffusers format")
+        raise ValueError(f"model.path = {path}: the repository is no whole pipeline in diffusers format")
     return cached
 
 
-def fetch(
-    config: ModelConfig, text_parts: Sequence[str], *, transformer_only: bool, token: str | None
-) -> Iterator[str]:
+def fetch(path: str, revision: str | None, wanted: Sequence[str], whole: Whole, token: str | None) -> Iterator[str]:
     """Bring a Hub id's files to this node; gives a line of progress, or "" while another process does it.
 
-    ValueError with one line where the Hub says no, or cannot be reached; RuntimeError where nothing arrives any more.
+    wanted: patterns of the files. ValueError with one line where the Hub says no, or cannot be reached; RuntimeError
+    where nothing arrives any more.
     """
-    start = config.lora.start
-    if start is not None and not Path(start).expanduser().exists():
-        lora_folder(start, token)  # small: no lock, no progress
-    if location(config.path) is not None:
-        return
-    wanted = patterns(text_parts, transformer_only)
     folder = Path(constants.HF_HUB_CACHE) / ".locks" / "nft_ray"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{config.path.replace('/', '--')}.lock")
-    while _cached(config, wanted, text_parts, transformer_only) is None:
+    lock = FileLock(folder / f"{path.replace('/', '--')}.lock")
+    while _cached(path, revision, wanted, whole) is None:
         try:
             with lock.acquire(timeout=REPORT_S):
-                if _cached(config, wanted, text_parts, transformer_only) is None:
-                    yield from _download(config, wanted, token)
+                if _cached(path, revision, wanted, whole) is None:
+                    yield from _download(path, revision, wanted, token)
                 return
         except Timeout:
             yield ""
@@ -140,10 +122,9 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def is_remote(config: ModelConfig) -> bool:
-    """Whether `fetch` may have something to do: the pipeline or the LoRA to start from is a Hub id."""
-    names = [config.path, *([config.lora.start] if config.lora.start else [])]
-    return any(name != NANO and not Path(name).expanduser().exists() and is_hub_id(name) for name in names)
+def is_remote(name: str) -> bool:
+    """Whether this pipeline or LoRA is a Hub id, so that there may be something to download."""
+    return name != NANO and not Path(name).expanduser().exists() and is_hub_id(name)
 
 
 def lora_folder(name: str, token: str | None) -> Path:
@@ -155,31 +136,6 @@ def lora_folder(name: str, token: str | None) -> Path:
         return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token, ignore_patterns=["transformer/*"]))
     except FAILURES as error:
         raise explained(error, f"LoRA {name}", name, token) from None
-
-
-def patterns(text_parts: Sequence[str], transformer_only: bool) -> list[str]:
-    """Files to fetch: of each part the small ones and the weights without a variant, whole or in shards."""
-    weighed = ["transformer"] if transformer_only else ["transformer", "vae", *text_parts]
-    found = ["model_index.json"]
-    for part in [*ALWAYS, *([] if transformer_only else text_parts)]:
-        found += [f"{part}/*.json", f"{part}/*.txt", f"{part}/*.model"]
-    for part in weighed:
-        found += [f"{part}/{name}{shard}.safetensors" for name in WEIGHTS for shard in ("", "-*-of-*")]
-    return found
-
-
-def missing_parts(folder: Path, text_parts: Sequence[str], transformer_only: bool = False) -> list[str]:
-    """What a pipeline's folder lacks of the parts that are needed: folders, configurations, weights, shards."""
-    missing = []
-    for part in (*ALWAYS, *text_parts):
-        place = folder / part
-        tokenizer = part.startswith("tokenizer")
-        config = "scheduler_config.json" if part == "scheduler" else "config.json"
-        if not place.is_dir() or not (tokenizer or (place / config).is_file()):
-            missing.append(f"{part}/" if tokenizer else f"{part}/{config}")
-        elif part != "scheduler" and not tokenizer and not (part == "vae" and transformer_only):
-            missing += _missing_weights(place)
-    return missing
 
 
 def explained(error: BaseException, subject: str, name: str, token: str | None) -> Exception:
@@ -214,20 +170,19 @@ def explained(error: BaseException, subject: str, name: str, token: str | None) 
     return RuntimeError(f"{subject}: the download failed: {what}; start again, whole files are kept")
 
 
-def _subject(config: ModelConfig) -> str:
-    revision = f" at revision {config.revision}" if config.revision else ""
-    return f"model.path = {config.path}{revision}"
+def _subject(path: str, revision: str | None) -> str:
+    return f"model.path = {path}" + (f" at revision {revision}" if revision else "")
 
 
-def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iterator[str]:
+def _download(path: str, revision: str | None, wanted: Sequence[str], token: str | None) -> Iterator[str]:
     """In a thread, so that progress can be told; what is done is measured where it arrives, on the disk."""
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{config.path.replace('/', '--')}" / "blobs"
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "blobs"
     before, outcome = _size(blobs), list[Exception | None]()
 
     def work() -> None:
         for attempt in range(ATTEMPTS):
             try:
-                _snapshot(config.path, config.revision, wanted, token)
+                _snapshot(path, revision, wanted, token)
                 return outcome.append(None)
             except httpx2.TransportError as error:
                 if attempt == ATTEMPTS - 1:
@@ -236,12 +191,12 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
                 return outcome.append(error)
 
     try:
-        planned = _snapshot(config.path, config.revision, wanted, token, dry_run=True)
+        planned = _snapshot(path, revision, wanted, token, dry_run=True)
     except FAILURES as error:
-        raise explained(error, _subject(config), config.path, token) from None
+        raise explained(error, _subject(path, revision), path, token) from None
     total = sum(file.file_size for file in planned if file.will_download)
-    yield f"downloading {config.path}: {total / 2**30:.2f} GiB in {len(planned)} files"
-    thread = threading.Thread(target=work, name=f"download {config.path}", daemon=True)
+    yield f"downloading {path}: {total / 2**30:.2f} GiB in {len(planned)} files"
+    thread = threading.Thread(target=work, name=f"download {path}", daemon=True)
     thread.start()
     done, moved = 0, time.monotonic()
     while thread.is_alive():
@@ -250,40 +205,28 @@ def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iter
         if now != done:
             done, moved = now, time.monotonic()
         if time.monotonic() - moved > STALL_S:
-            raise RuntimeError(f"model.path = {config.path}: nothing arrived for {STALL_S:g} s; start again")
+            raise RuntimeError(f"model.path = {path}: nothing arrived for {STALL_S:g} s; start again")
         if thread.is_alive():
-            yield f"downloading {config.path}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
+            yield f"downloading {path}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
     failure = outcome[0] if outcome else RuntimeError("the thread died")
     if failure is not None:
-        raise explained(failure, _subject(config), config.path, token) from failure
-    yield f"downloaded {config.path}"
+        raise explained(failure, _subject(path, revision), path, token) from failure
+    yield f"downloaded {path}"
 
 
-def _snapshot(name: str, revision: str | None, wanted: list[str], token: str | None, **options: Any) -> Any:
+def _snapshot(name: str, revision: str | None, wanted: Sequence[str], token: str | None, **options: Any) -> Any:
     return snapshot_download(
-        name, revision=revision, allow_patterns=wanted, token=token or False, tqdm_class=_NoBar, **options
+        name, revision=revision, allow_patterns=list(wanted), token=token or False, tqdm_class=_NoBar, **options
     )
 
 
-def _cached(config: ModelConfig, wanted: list[str], text_parts: Sequence[str], transformer_only: bool) -> Path | None:
+def _cached(path: str, revision: str | None, wanted: Sequence[str], whole: Whole) -> Path | None:
     """The snapshot in the cache, if it is whole."""
     try:
-        folder = Path(_snapshot(config.path, config.revision, wanted, None, local_files_only=True))
+        folder = Path(_snapshot(path, revision, wanted, None, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    parts = () if transformer_only else text_parts
-    return None if missing_parts(folder, parts, transformer_only) else folder
-
-
-def _missing_weights(place: Path) -> list[str]:
-    for name in WEIGHTS:
-        index = place / f"{name}.safetensors.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            return [f"{place.name}/{shard}" for shard in sorted(shards) if not (place / shard).is_file()]
-        if (place / f"{name}.safetensors").is_file():
-            return []
-    return [f"{place.name}/*.safetensors"]
+    return folder if whole(folder) else None
 
 
 class _NoBar(tqdm):  # type: ignore[type-arg]

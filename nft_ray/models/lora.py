@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.downloads.pipelines import folder_of
 from nft_ray.models.base import read_json
 from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora
+from nft_ray.models.parts import folder_of
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 

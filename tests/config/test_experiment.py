@@ -4,6 +4,8 @@ import builtins
 import io
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,12 @@ class TestRewards:
 
 class TestReading:
     """A YAML is read, and nothing else: what needs a file is a second step (models/resolve.py)."""
+
+    def test_takes_a_moment(self) -> None:
+        """Commands that only look at a YAML do not wait for torch. No contract says it: it is of what runs."""
+        heavy = "{'torch', 'diffusers', 'transformers', 'ray'}"
+        script = f"import sys, nft_ray.config; assert not {heavy} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_opens_no_other_file_and_makes_no_connection(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

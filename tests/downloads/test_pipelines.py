@@ -19,10 +19,10 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from nft_ray.config import ModelConfig
-from nft_ray.downloads import pipelines as download
-from nft_ray.downloads.pipelines import folder_of, missing_parts
+from nft_ray.downloads import pipelines
 from nft_ray.models.base import load_model
 from nft_ray.models.lora import read_lora
+from nft_ray.models.parts import folder_of, missing_parts, prepare
 from tests.models.stand_in_hub import COMMIT, Hub, stand_in_hub
 from tests.models.tiny import tiny_model
 
@@ -31,11 +31,12 @@ TOKEN = "hf_" + "s3cret" * 5
 CLIENT = """
 import logging, sys
 from nft_ray.config import ModelConfig
-from nft_ray.downloads import pipelines as download
+from nft_ray.downloads import pipelines
+from nft_ray.models.parts import prepare
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 logging.getLogger("httpx2").setLevel(logging.WARNING)
-download.REPORT_S = 0.1
-print("at", download.prepare(ModelConfig(path=sys.argv[1]), sys.argv[2:], transformer_only=False))
+pipelines.REPORT_S = 0.1
+print("at", prepare(ModelConfig(path=sys.argv[1]), sys.argv[2:], transformer_only=False))
 """
 FP16 = "transformer/diffusion_pytorch_model.fp16.safetensors"
 NOBODY = "http://127.0.0.1:9"
@@ -69,11 +70,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(download, "REPORT_S", 0.1)
+    monkeypatch.setattr(pipelines, "REPORT_S", 0.1)
 
 
 def fetched(path: str = NAME, *, transformer_only: bool = False, **changes: str) -> Path:
-    return download.prepare(ModelConfig(path=path, **changes), WANTED, transformer_only=transformer_only)
+    return prepare(ModelConfig(path=path, **changes), WANTED, transformer_only=transformer_only)
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -166,7 +167,8 @@ def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, monkeypatch: pytes
 def test_a_lora_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     weights = {"b.0.q.lora_A.weight": np.ones((2, 4), np.float32), "b.0.q.lora_B.weight": np.ones((4, 2), np.float32)}
     (tmp_path / "repository").mkdir()
-    save_file(weights, tmp_path / "repository" / "pytorch_lora_weights.safetensors")
+    named = {f"transformer.{name}": value for name, value in weights.items()}
+    save_file(named, tmp_path / "repository" / "pytorch_lora_weights.safetensors")
     hub.repositories["nice-people/lora"] = tmp_path / "repository"
     found, config = read_lora("nice-people/lora")
     assert found.keys() == weights.keys()
