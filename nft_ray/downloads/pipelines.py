@@ -5,17 +5,18 @@
                     ▼
                 fetch: one process of the node holds the lock and downloads, the others wait; lines of progress
 
-Only what is needed is fetched: of each part the safetensors without a variant, and its small files. What is whole in
-the cache is used as it is, without asking the Hub: name `model.revision` to have the same on every node. A file that
-is whole is never fetched again; within a file the Hub's client goes on where a connection broke. The token is used
-for requests and appears nowhere else.
+The Hub's client says which files match and resolves names and licences; fetch.py brings them, as it brings the rewards'
+weights, and goes on where a connection broke or a process died. What is whole in the cache is used as it is, without
+asking the Hub: name `model.revision` to have the same on every node. The token is used for requests and appears
+nowhere else.
 """
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpx2
@@ -36,6 +37,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
+from nft_ray.downloads.fetch import fetch as fetch_files
+from nft_ray.downloads.published import PublishedFile
+from nft_ray.downloads.transfer import ATTEMPTS, MIB, TIMEOUT_S
+
 logger = logging.getLogger(__name__)
 
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
@@ -45,10 +50,11 @@ Whole = Callable[[Path], bool]
 """Whether a snapshot has all that is needed of it (models/parts.py)."""
 REPORT_S = 10.0
 """Seconds between two lines of progress."""
-ATTEMPTS = 3
-"""How often a broken connection is made again, beyond what the Hub's client does itself."""
-STALL_S = 300.0
+CONNECTIONS = 4
+"""Files that come at the same time."""
+STALL_S = ATTEMPTS * TIMEOUT_S[1]
 """A download of which nothing arrived for so many seconds is given up."""
+LORA_FILES = ["*.json", "*.safetensors"]
 
 
 def token() -> str | None:
@@ -130,12 +136,17 @@ def is_remote(name: str) -> bool:
 def lora_folder(name: str, token: str | None) -> Path:
     """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors.
 
-    Not a merged transformer that stands beside it.
+    Not a merged transformer that stands beside it. Without a way to the Hub, what is in the cache.
     """
+    subject, others = f"LoRA {name}", {"ignore_patterns": ["transformer/*"]}
     try:
-        return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token, ignore_patterns=["transformer/*"]))
-    except FAILURES as error:
-        raise explained(error, f"LoRA {name}", name, token) from None
+        files = _planned(name, None, LORA_FILES, token, subject, **others)
+        fetch_files(files, None, logger.info, into_hub_cache=True, token=token or False)
+    except ValueError:
+        with suppress(LocalEntryNotFoundError):
+            return Path(_snapshot(name, None, LORA_FILES, None, local_files_only=True, **others))
+        raise
+    return Path(_snapshot(name, None, LORA_FILES, None, local_files_only=True, **others))
 
 
 def explained(error: BaseException, subject: str, name: str, token: str | None) -> Exception:
@@ -167,7 +178,7 @@ def explained(error: BaseException, subject: str, name: str, token: str | None) 
             f"`hf download {name} --local-dir FOLDER` makes one where there is a connection"
         )
     what = " ".join(str(error).split())[:300] or type(error).__name__
-    return RuntimeError(f"{subject}: the download failed: {what}; start again, whole files are kept")
+    return RuntimeError(f"{subject}: the download failed: {what}; start again, what has come is kept")
 
 
 def _subject(path: str, revision: str | None) -> str:
@@ -175,43 +186,49 @@ def _subject(path: str, revision: str | None) -> str:
 
 
 def _download(path: str, revision: str | None, wanted: Sequence[str], token: str | None) -> Iterator[str]:
-    """In a thread, so that progress can be told; what is done is measured where it arrives, on the disk."""
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "blobs"
-    before, outcome = _size(blobs), list[Exception | None]()
+    """In threads, so that a line, or "", comes every REPORT_S seconds."""
+    subject, lines = _subject(path, revision), SimpleQueue[str | Exception | None]()
+    files = _planned(path, revision, wanted, token, subject)
+    yield f"downloading {path}: {sum(file.mib for file in files) / 1024:.2f} GiB in {len(files)} files"
 
-    def work() -> None:
-        for attempt in range(ATTEMPTS):
-            try:
-                _snapshot(path, revision, wanted, token)
-                return outcome.append(None)
-            except httpx2.TransportError as error:
-                if attempt == ATTEMPTS - 1:
-                    return outcome.append(error)
-            except FAILURES as error:
-                return outcome.append(error)
+    def bring(some: Sequence[PublishedFile]) -> None:
+        try:
+            fetch_files(some, None, lines.put, into_hub_cache=True, token=token or False)
+            lines.put(None)
+        except Exception as error:  # noqa: BLE001 - it is raised where the lines are read
+            lines.put(error)
 
-    try:
-        planned = _snapshot(path, revision, wanted, token, dry_run=True)
-    except FAILURES as error:
-        raise explained(error, _subject(path, revision), path, token) from None
-    total = sum(file.file_size for file in planned if file.will_download)
-    yield f"downloading {path}: {total / 2**30:.2f} GiB in {len(planned)} files"
-    thread = threading.Thread(target=work, name=f"download {path}", daemon=True)
-    thread.start()
-    done, moved = 0, time.monotonic()
-    while thread.is_alive():
-        thread.join(REPORT_S)
-        now = _size(blobs) - before
-        if now != done:
-            done, moved = now, time.monotonic()
-        if time.monotonic() - moved > STALL_S:
-            raise RuntimeError(f"model.path = {path}: nothing arrived for {STALL_S:g} s; start again")
-        if thread.is_alive():
-            yield f"downloading {path}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
-    failure = outcome[0] if outcome else RuntimeError("the thread died")
-    if failure is not None:
-        raise explained(failure, _subject(path, revision), path, token) from failure
+    for number in range(CONNECTIONS):
+        name, some = f"download {path} {number}", files[number::CONNECTIONS]
+        threading.Thread(target=bring, args=(some,), name=name, daemon=True).start()
+    running = CONNECTIONS
+    while running:
+        try:
+            line = lines.get(timeout=REPORT_S)
+        except Empty:
+            line = ""
+        if isinstance(line, Exception):
+            raise explained(line, subject, path, token) from line
+        if line is None:
+            running -= 1
+        else:
+            yield line and f"downloading {path}: {line}"
     yield f"downloaded {path}"
+
+
+def _planned(
+    name: str, revision: str | None, wanted: Sequence[str], token: str | None, subject: str, **options: Any
+) -> list[PublishedFile]:
+    """What is not in the cache of the files that match; ValueError with one line where the Hub says no."""
+    try:
+        found = _snapshot(name, revision, wanted, token, dry_run=True, **options)
+    except FAILURES as error:
+        raise explained(error, subject, name, token) from None
+    return [
+        PublishedFile(path=f"{name}/{file.filename}", revision=revision or "main", mib=(file.file_size or 0) / MIB)
+        for file in found
+        if file.will_download
+    ]
 
 
 def _snapshot(name: str, revision: str | None, wanted: Sequence[str], token: str | None, **options: Any) -> Any:
@@ -234,14 +251,3 @@ class _NoBar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{name: value for name, value in options.items() if name != "name"}, disable=True)
-
-
-def _size(folder: Path) -> int:
-    """Bytes in a folder's files; a file that is renamed meanwhile counts next time."""
-    total = 0
-    for file in folder.glob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total

@@ -313,11 +313,10 @@ def build(config: Config) -> Reward:
     """Load the detector that the experiment names."""
     if config.detector == "shapes":
         return GenEval(_Shapes(), config.credit)
-    root = weights_root(config.weights)
-    require("geneval", files(config), root)
+    place = require("geneval", files(config), weights_root(config.weights))
     from nft_ray.rewards._colors import ColorClassifier
     from nft_ray.rewards._mask2former import Mask2FormerDetector
 
-    colors = ColorClassifier(root / COLORS_CHECKPOINT, config)
-    detector = Mask2FormerDetector(root / MASK2FORMER, config, colors, floor=CONFIDENCE_THRESHOLD)
+    colors = ColorClassifier(place[COLORS_CHECKPOINT], config)
+    detector = Mask2FormerDetector(place[MASK2FORMER], config, colors, floor=CONFIDENCE_THRESHOLD)
     return GenEval(detector, config.credit)
