@@ -31,11 +31,11 @@ oracles: setup # the environments that cannot share .venv: open_clip, and publis
 test: oracles ## all tests, about 30 minutes (plain `pytest` leaves out the slow ones)
 	$(BIN)/python -m pytest -m "slow or not slow" -W ignore $(ARGS)
 
-check: setup ## style, format, types, import rules
+check: setup ## style, format, types, who imports whom (the contracts in pyproject.toml)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/lint-imports --no-logo --no-cache
 
 docker-check: ## the image's install steps in a clean root, without Docker (needs root and debootstrap)
 	docker/check.sh

@@ -20,7 +20,7 @@ async def download(actor: Any, model: ModelConfig, name: str) -> None:
     A worker speaks at least every REPORT_S seconds; one that is silent for longer than a stalled download may last
     is DeadlineError. What the Hub refuses is the one-line ValueError of nft_ray/downloads/pipelines.py.
     """
-    if not is_remote(model):
+    if not any(name is not None and is_remote(name) for name in (model.path, model.lora.start)):
         return
     lines, silence_s = actor.download.options(num_returns="streaming").remote(token()), STALL_S + 6 * REPORT_S
     while True:

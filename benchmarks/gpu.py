@@ -42,6 +42,7 @@ from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import quiet_libraries
+from nft_ray.models.resolve import resolve
 from nft_ray.seeding import image_seed
 from nft_ray.types import AdapterWeights, CleanSamples, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 
@@ -74,7 +75,7 @@ def experiment(args: argparse.Namespace, *more: str) -> ExperimentConfig:
     }
     file = args.pipeline / "gpu.yaml"
     file.write_text(json.dumps(tree))  # which is YAML, too
-    return load(file, [*args.set, *more])
+    return resolve(load(file, [*args.set, *more]))
 
 
 def wait(device: torch.device) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +277,9 @@ def test_a_stage_that_stops_goes_on_as_if_it_had_not(staleness: int, fail_at: st
                 train(second, tmp_path / name, fail_at, first_epoch=3)
         worlds[name], _ = train(second, tmp_path / name, first_epoch=3)
     np.testing.assert_array_equal(policy(worlds["broken"]), policy(worlds["straight"]))
+
+
+def test_the_trainer_and_the_local_roles_load_without_ray() -> None:
+    """What nft_ray imports is in pyproject.toml's contracts; this is about what those packages import in their turn."""
+    script = "import sys, nft_ray.trainer, nft_ray.local, nft_ray.runs.tracking; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)

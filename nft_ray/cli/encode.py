@@ -11,9 +11,10 @@ import torch
 
 from nft_ray.cli.console import say
 from nft_ray.config import load
-from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import check_model, family, quiet_libraries
 from nft_ray.models.conditioning import conditioner
+from nft_ray.models.parts import prepare
+from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import load_prompts
 
 BATCH = 16
@@ -23,7 +24,7 @@ REPORT_S = 10.0
 
 def encode(args: argparse.Namespace) -> int:
     """Encode what is missing; returns the exit status."""
-    config = load(args.config, args.set)
+    config = resolve(load(args.config, args.set))
     model = config.model
     if model.precomputed is None:
         raise ValueError("model.precomputed = null: encode needs a folder; give --set model.precomputed=FOLDER")

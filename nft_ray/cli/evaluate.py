@@ -19,6 +19,7 @@ from nft_ray.evaluation.evaluator import evaluate, open_requests, spaced
 from nft_ray.evaluation.report import write_report
 from nft_ray.evaluation.results import COMPARISON, RESULTS, SHEET, SUMMARY, EvaluationFolder, about, identity
 from nft_ray.models.base import check_model
+from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import PromptSet, check_scorable, evaluation_requests, load_prompts
 from nft_ray.types import Adapter, Weights
 
@@ -54,9 +55,9 @@ def experiment_of(args: argparse.Namespace) -> ExperimentConfig:
         "model.width": args.resolution,
         "model.dtype": DTYPES[args.precision] if args.precision else None,
     }
-    config = load(args.config, [*args.set, *(f"{key}={value}" for key, value in options.items() if value is not None)])
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
     return asked_experiment(
-        config,
+        resolve(load(args.config, [*args.set, *given])),
         dataset=args.dataset,
         rewards=[name.strip() for name in args.rewards.split(",")] if args.rewards else (),
         touched={setting.split(".")[1] for setting in args.set if setting.startswith("rewards.")},

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from nft_ray.cli import scoring, serving
 from nft_ray.cli.console import say
 from nft_ray.rewards.base import reward_config, reward_files, reward_names
-from nft_ray.rewards.weights import weights_root
+from nft_ray.rewards.weights import named_root, weights_root
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
     fetch = root.add_parser("fetch", help="download the published weights")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="rewards (default: all)")
-    fetch.add_argument("--weights", help="folder (default: NFT_RAY_WEIGHTS, or ~/.cache/nft_ray/weights)")
+    fetch.add_argument("--weights", help="folder (default: NFT_RAY_WEIGHTS, or the Hub's cache)")
     fetch.add_argument("--set", action="append", default=[], metavar="NAME.a=b", help="a field of a reward's section")
     fetch.set_defaults(command_function=_fetch)
 
@@ -71,10 +71,11 @@ def rewards(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
+    from nft_ray.downloads.cache import hub_cache
     from nft_ray.downloads.fetch import fetch
 
     sections: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(args.set)))
-    root = weights_root(args.weights)
+    root, named = weights_root(args.weights), named_root(args.weights)
     files: dict[str, Any] = {}
     for name in args.names or reward_names():
         section = sections.get(name, {}) if args.names or name in sections else _defaults(name)
@@ -83,8 +84,9 @@ def _fetch(args: argparse.Namespace) -> int:
     if not files:
         say("nothing to download: these rewards need no published files")
         return 0
-    say(f"{len(files)} files, about {sum(file.mib for file in files.values()) / 1024:.1f} GiB, into {root}")
-    fetch(list(files.values()), root, say)
+    size = sum(file.mib for file in files.values()) / 1024
+    say(f"{len(files)} files, about {size:.1f} GiB, into {named or hub_cache()}")
+    fetch(list(files.values()), root, say, into_hub_cache=named is None)
     return 0
 
 

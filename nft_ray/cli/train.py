@@ -12,6 +12,7 @@ from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora
+from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import experiment_prompts
 from nft_ray.prompts.sets import missing
 from nft_ray.rewards.weights import missing_weights
@@ -27,7 +28,7 @@ StagesWithPrompts = Sequence[tuple[Stage, PromptSets]]
 
 def train(args: argparse.Namespace) -> int:
     """Run an experiment to its end, or what is left of it; returns the exit status."""
-    config = load(args.config, args.set)
+    config = resolve(load(args.config, args.set))
     stages = stages_of(config)
     check_model(config.model)
     if config.model.lora.start is not None:

@@ -56,28 +56,17 @@ class LoraConfig(Section):
     targets: tuple[str, ...] | None = None
     """Names of the linear layers; null = what the model family recommends."""
     start: str | None = None
-    """An existing LoRA to start the policy from: a file or folder of diffusers, a folder of peft, or a Hub id. Rank,
-    alpha and targets are its own and need not be given. Policy, old policy and EMA start there; the reference of the
-    KL term stays the base model."""
+    """An existing LoRA to start the policy from: a file or folder of diffusers or peft, or a Hub id. Rank, alpha and
+    targets are its own (models/resolve.py reads them): null here, or left out. Policy, old policy and EMA start there;
+    the reference of the KL term stays the base model."""
 
     @model_validator(mode="before")
     @classmethod
-    def _as_its_start(cls, data: Any) -> Any:
-        """What is not given is taken from the LoRA to start from; what is given must agree with it."""
-        settings = ("rank", "alpha", "targets")
+    def _left_to_its_start(cls, data: Any) -> Any:
+        """With a LoRA to start from, null is the same as left out."""
         if not isinstance(data, Mapping) or not data.get("start"):
             return data
-        from nft_ray.models.lora_files import find_lora  # it knows this class
-
-        if all(name in data for name in settings):  # a resolved one: the file may be gone
-            return data
-        own = find_lora(data["start"]).config
-        given = {name: data[name] for name in settings if data.get(name) is not None}
-        for name, value in given.items():
-            has = getattr(own, name)
-            if (set(value) != set(has or ())) if name == "targets" else value != has:
-                raise ValueError(f"{name} = {value}: the LoRA to start from has {has}; leave {name} out")
-        return {**data, **{name: getattr(own, name) for name in settings}}
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class ModelConfig(Section):

@@ -5,18 +5,18 @@
                     ▼
                 fetch: one process of the node holds the lock and downloads, the others wait; lines of progress
 
-Only what is needed is fetched: of each part the safetensors without a variant, and its small files. What is whole in
-the cache is used as it is, without asking the Hub: name `model.revision` to have the same on every node. A file that
-is whole is never fetched again; within a file the Hub's client goes on where a connection broke. The token is used
-for requests and appears nowhere else.
+The Hub's client says which files match and resolves names and licences; fetch.py brings them, as it brings the rewards'
+weights, and goes on where a connection broke or a process died. What is whole in the cache is used as it is, without
+asking the Hub: name `model.revision` to have the same on every node. The token is used for requests and appears
+nowhere else.
 """
 
-import json
 import logging
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpx2
@@ -37,21 +37,24 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from nft_ray.config import ModelConfig
+from nft_ray.downloads.fetch import fetch as fetch_files
+from nft_ray.downloads.published import PublishedFile
+from nft_ray.downloads.transfer import ATTEMPTS, MIB, TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What the Hub's client raises."""
 NANO = "nano-sd3"
-ALWAYS = ("scheduler", "transformer", "vae")
-WEIGHTS = ("diffusion_pytorch_model", "model")
+Whole = Callable[[Path], bool]
+"""Whether a snapshot has all that is needed of it (models/parts.py)."""
 REPORT_S = 10.0
 """Seconds between two lines of progress."""
-ATTEMPTS = 3
-"""How often a broken connection is made again, beyond what the Hub's client does itself."""
-STALL_S = 300.0
+CONNECTIONS = 4
+"""Files that come at the same time."""
+STALL_S = ATTEMPTS * TIMEOUT_S[1]
 """A download of which nothing arrived for so many seconds is given up."""
+LORA_FILES = ["*.json", "*.safetensors"]
 
 
 def token() -> str | None:
@@ -71,61 +74,46 @@ def location(path: str) -> Path | None:
     return None
 
 
-def folder_of(config: ModelConfig) -> Path | None:
-    """The folder of a pipeline; of a Hub id the snapshot with its JSON files, None where the Hub cannot be reached.
+def described(path: str, revision: str | None, small: Sequence[str]) -> Path | None:
+    """The snapshot of a Hub id with these small files; None where the Hub cannot be reached.
 
     ValueError with one line where the Hub says no: a licence to accept, a name or a revision that is not there.
     """
-    folder = location(config.path)
-    if folder is not None:
-        return folder
-    small = ["model_index.json", "transformer/config.json", "vae/config.json"]
     mine = token()
     try:
-        return Path(_snapshot(config.path, config.revision, small, mine, etag_timeout=3))
+        return Path(_snapshot(path, revision, small, mine, etag_timeout=3))
     except LocalEntryNotFoundError:
         return None  # the nodes may have it, or reach it
     except FAILURES as error:
-        raise explained(error, _subject(config), config.path, mine) from None
+        raise explained(error, _subject(path, revision), path, mine) from None
 
 
-def prepare(config: ModelConfig, text_parts: Sequence[str], *, transformer_only: bool) -> Path:
-    """The folder with every part that is needed; downloads it first where it must."""
-    folder = location(config.path)
-    if folder is not None:
-        return folder
-    wanted = patterns(text_parts, transformer_only)
-    cached = _cached(config, wanted, text_parts, transformer_only)
+def prepare(path: str, revision: str | None, wanted: Sequence[str], whole: Whole) -> Path:
+    """The snapshot of a Hub id with the wanted files, once `whole` says so; downloads it first where it must."""
+    cached = _cached(path, revision, wanted, whole)
     if cached is None:
-        for line in fetch(config, text_parts, transformer_only=transformer_only, token=token()):
+        for line in fetch(path, revision, wanted, whole, token()):
             logger.info(line)
-        cached = _cached(config, wanted, text_parts, transformer_only)
+        cached = _cached(path, revision, wanted, whole)
     if cached is None:
-        raise ValueError(f"model.path = {config.path}: the repository is no whole pipeline in diffusers format")
+        raise ValueError(f"model.path = {path}: the repository is no whole pipeline in diffusers format")
     return cached
 
 
-def fetch(
-    config: ModelConfig, text_parts: Sequence[str], *, transformer_only: bool, token: str | None
-) -> Iterator[str]:
+def fetch(path: str, revision: str | None, wanted: Sequence[str], whole: Whole, token: str | None) -> Iterator[str]:
     """Bring a Hub id's files to this node; gives a line of progress, or "" while another process does it.
 
-    ValueError with one line where the Hub says no, or cannot be reached; RuntimeError where nothing arrives any more.
+    wanted: patterns of the files. ValueError with one line where the Hub says no, or cannot be reached; RuntimeError
+    where nothing arrives any more.
     """
-    start = config.lora.start
-    if start is not None and not Path(start).expanduser().exists():
-        lora_folder(start, token)  # small: no lock, no progress
-    if location(config.path) is not None:
-        return
-    wanted = patterns(text_parts, transformer_only)
     folder = Path(constants.HF_HUB_CACHE) / ".locks" / "nft_ray"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{config.path.replace('/', '--')}.lock")
-    while _cached(config, wanted, text_parts, transformer_only) is None:
+    lock = FileLock(folder / f"{path.replace('/', '--')}.lock")
+    while _cached(path, revision, wanted, whole) is None:
         try:
             with lock.acquire(timeout=REPORT_S):
-                if _cached(config, wanted, text_parts, transformer_only) is None:
-                    yield from _download(config, wanted, token)
+                if _cached(path, revision, wanted, whole) is None:
+                    yield from _download(path, revision, wanted, token)
                 return
         except Timeout:
             yield ""
@@ -140,46 +128,25 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def is_remote(config: ModelConfig) -> bool:
-    """Whether `fetch` may have something to do: the pipeline or the LoRA to start from is a Hub id."""
-    names = [config.path, *([config.lora.start] if config.lora.start else [])]
-    return any(name != NANO and not Path(name).expanduser().exists() and is_hub_id(name) for name in names)
+def is_remote(name: str) -> bool:
+    """Whether this pipeline or LoRA is a Hub id, so that there may be something to download."""
+    return name != NANO and not Path(name).expanduser().exists() and is_hub_id(name)
 
 
 def lora_folder(name: str, token: str | None) -> Path:
     """The folder of a LoRA's repository on the Hub, downloaded first where it must: its JSON and safetensors.
 
-    Not a merged transformer that stands beside it.
+    Not a merged transformer that stands beside it. Without a way to the Hub, what is in the cache.
     """
+    subject, others = f"LoRA {name}", {"ignore_patterns": ["transformer/*"]}
     try:
-        return Path(_snapshot(name, None, ["*.json", "*.safetensors"], token, ignore_patterns=["transformer/*"]))
-    except FAILURES as error:
-        raise explained(error, f"LoRA {name}", name, token) from None
-
-
-def patterns(text_parts: Sequence[str], transformer_only: bool) -> list[str]:
-    """Files to fetch: of each part the small ones and the weights without a variant, whole or in shards."""
-    weighed = ["transformer"] if transformer_only else ["transformer", "vae", *text_parts]
-    found = ["model_index.json"]
-    for part in [*ALWAYS, *([] if transformer_only else text_parts)]:
-        found += [f"{part}/*.json", f"{part}/*.txt", f"{part}/*.model"]
-    for part in weighed:
-        found += [f"{part}/{name}{shard}.safetensors" for name in WEIGHTS for shard in ("", "-*-of-*")]
-    return found
-
-
-def missing_parts(folder: Path, text_parts: Sequence[str], transformer_only: bool = False) -> list[str]:
-    """What a pipeline's folder lacks of the parts that are needed: folders, configurations, weights, shards."""
-    missing = []
-    for part in (*ALWAYS, *text_parts):
-        place = folder / part
-        tokenizer = part.startswith("tokenizer")
-        config = "scheduler_config.json" if part == "scheduler" else "config.json"
-        if not place.is_dir() or not (tokenizer or (place / config).is_file()):
-            missing.append(f"{part}/" if tokenizer else f"{part}/{config}")
-        elif part != "scheduler" and not tokenizer and not (part == "vae" and transformer_only):
-            missing += _missing_weights(place)
-    return missing
+        files = _planned(name, None, LORA_FILES, token, subject, **others)
+        fetch_files(files, None, logger.info, into_hub_cache=True, token=token or False)
+    except ValueError:
+        with suppress(LocalEntryNotFoundError):
+            return Path(_snapshot(name, None, LORA_FILES, None, local_files_only=True, **others))
+        raise
+    return Path(_snapshot(name, None, LORA_FILES, None, local_files_only=True, **others))
 
 
 def explained(error: BaseException, subject: str, name: str, token: str | None) -> Exception:
@@ -211,79 +178,72 @@ def explained(error: BaseException, subject: str, name: str, token: str | None) 
             f"`hf download {name} --local-dir FOLDER` makes one where there is a connection"
         )
     what = " ".join(str(error).split())[:300] or type(error).__name__
-    return RuntimeError(f"{subject}: the download failed: {what}; start again, whole files are kept")
+    return RuntimeError(f"{subject}: the download failed: {what}; start again, what has come is kept")
 
 
-def _subject(config: ModelConfig) -> str:
-    revision = f" at revision {config.revision}" if config.revision else ""
-    return f"model.path = {config.path}{revision}"
+def _subject(path: str, revision: str | None) -> str:
+    return f"model.path = {path}" + (f" at revision {revision}" if revision else "")
 
 
-def _download(config: ModelConfig, wanted: list[str], token: str | None) -> Iterator[str]:
-    """In a thread, so that progress can be told; what is done is measured where it arrives, on the disk."""
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{config.path.replace('/', '--')}" / "blobs"
-    before, outcome = _size(blobs), list[Exception | None]()
+def _download(path: str, revision: str | None, wanted: Sequence[str], token: str | None) -> Iterator[str]:
+    """In threads, so that a line, or "", comes every REPORT_S seconds."""
+    subject, lines = _subject(path, revision), SimpleQueue[str | Exception | None]()
+    files = _planned(path, revision, wanted, token, subject)
+    yield f"downloading {path}: {sum(file.mib for file in files) / 1024:.2f} GiB in {len(files)} files"
 
-    def work() -> None:
-        for attempt in range(ATTEMPTS):
-            try:
-                _snapshot(config.path, config.revision, wanted, token)
-                return outcome.append(None)
-            except httpx2.TransportError as error:
-                if attempt == ATTEMPTS - 1:
-                    return outcome.append(error)
-            except FAILURES as error:
-                return outcome.append(error)
+    def bring(some: Sequence[PublishedFile]) -> None:
+        try:
+            fetch_files(some, None, lines.put, into_hub_cache=True, token=token or False)
+            lines.put(None)
+        except Exception as error:  # noqa: BLE001 - it is raised where the lines are read
+            lines.put(error)
 
+    for number in range(CONNECTIONS):
+        name, some = f"download {path} {number}", files[number::CONNECTIONS]
+        threading.Thread(target=bring, args=(some,), name=name, daemon=True).start()
+    running = CONNECTIONS
+    while running:
+        try:
+            line = lines.get(timeout=REPORT_S)
+        except Empty:
+            line = ""
+        if isinstance(line, Exception):
+            raise explained(line, subject, path, token) from line
+        if line is None:
+            running -= 1
+        else:
+            yield line and f"downloading {path}: {line}"
+    yield f"downloaded {path}"
+
+
+def _planned(
+    name: str, revision: str | None, wanted: Sequence[str], token: str | None, subject: str, **options: Any
+) -> list[PublishedFile]:
+    """What is not in the cache of the files that match; ValueError with one line where the Hub says no."""
     try:
-        planned = _snapshot(config.path, config.revision, wanted, token, dry_run=True)
+        found = _snapshot(name, revision, wanted, token, dry_run=True, **options)
     except FAILURES as error:
-        raise explained(error, _subject(config), config.path, token) from None
-    total = sum(file.file_size for file in planned if file.will_download)
-    yield f"downloading {config.path}: {total / 2**30:.2f} GiB in {len(planned)} files"
-    thread = threading.Thread(target=work, name=f"download {config.path}", daemon=True)
-    thread.start()
-    done, moved = 0, time.monotonic()
-    while thread.is_alive():
-        thread.join(REPORT_S)
-        now = _size(blobs) - before
-        if now != done:
-            done, moved = now, time.monotonic()
-        if time.monotonic() - moved > STALL_S:
-            raise RuntimeError(f"model.path = {config.path}: nothing arrived for {STALL_S:g} s; start again")
-        if thread.is_alive():
-            yield f"downloading {config.path}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
-    failure = outcome[0] if outcome else RuntimeError("the thread died")
-    if failure is not None:
-        raise explained(failure, _subject(config), config.path, token) from failure
-    yield f"downloaded {config.path}"
+        raise explained(error, subject, name, token) from None
+    return [
+        PublishedFile(path=f"{name}/{file.filename}", revision=revision or "main", mib=(file.file_size or 0) / MIB)
+        for file in found
+        if file.will_download
+    ]
 
 
-def _snapshot(name: str, revision: str | None, wanted: list[str], token: str | None, **options: Any) -> Any:
+def _snapshot(name: str, revision: str | None, wanted: Sequence[str], token: str | None, **options: Any) -> Any:
     return snapshot_download(
-        name, revision=revision, allow_patterns=wanted, token=token or False, tqdm_class=_NoBar, **options
+        name, revision=revision, allow_patterns=list(wanted), token=token or False, tqdm_class=_NoBar, **options
     )
 
 
-def _cached(config: ModelConfig, wanted: list[str], text_parts: Sequence[str], transformer_only: bool) -> Path | None:
+def _cached(path: str, revision: str | None, wanted: Sequence[str], whole: Whole) -> Path | None:
     """The snapshot in the cache, if it is whole."""
     try:
-        folder = Path(_snapshot(config.path, config.revision, wanted, None, local_files_only=True))
+        folder = Path(_snapshot(path, revision, wanted, None, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    parts = () if transformer_only else text_parts
-    return None if missing_parts(folder, parts, transformer_only) else folder
-
-
-def _missing_weights(place: Path) -> list[str]:
-    for name in WEIGHTS:
-        index = place / f"{name}.safetensors.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            return [f"{place.name}/{shard}" for shard in sorted(shards) if not (place / shard).is_file()]
-        if (place / f"{name}.safetensors").is_file():
-            return []
-    return [f"{place.name}/*.safetensors"]
+    return folder if whole(folder) else None
 
 
 class _NoBar(tqdm):  # type: ignore[type-arg]
@@ -291,14 +251,3 @@ class _NoBar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{name: value for name, value in options.items() if name != "name"}, disable=True)
-
-
-def _size(folder: Path) -> int:
-    """Bytes in a folder's files; a file that is renamed meanwhile counts next time."""
-    total = 0
-    for file in folder.glob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total

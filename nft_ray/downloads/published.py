@@ -1,6 +1,6 @@
-"""One file that somebody publishes: where it lies here, where it comes from, and what its content must be.
+"""One file that somebody publishes: where it comes from, and what its content must be.
 
-Weights of rewards and prompt sets are such files; `fetch.py` brings them. Nothing is downloaded by a run.
+Weights of rewards, prompt sets and parts of pipelines are such files; `fetch.py` brings them to where `cache.py` says.
 """
 
 from dataclasses import dataclass

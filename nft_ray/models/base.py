@@ -18,11 +18,11 @@ import transformers
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
-from nft_ray.downloads.pipelines import fetch, folder_of, missing_parts, prepare
-from nft_ray.models.lora_files import find_lora
+from nft_ray.models.parts import fetch, folder_of, missing_parts, prepare
+from nft_ray.models.resolve import started
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
-NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files"}
+NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files", "parts", "resolve"}
 
 
 class FlowModel(Protocol):
@@ -110,7 +110,7 @@ def load_model(config: ModelConfig, device: torch.device, *, transformer_only: b
 
 
 def fetch_model(config: ModelConfig, token: str | None, *, transformer_only: bool = False) -> Iterator[str]:
-    """Bring a Hub id's files to this node; gives lines of progress. See download.fetch."""
+    """Bring a Hub id's files to this node; gives lines of progress. See pipelines.fetch."""
     return fetch(config, family(config).text_parts(config), transformer_only=transformer_only, token=token)
 
 
@@ -129,13 +129,7 @@ def check_model(config: ModelConfig) -> None:
     if folder is not None:
         check_folder(config, folder)
     if config.lora.start is not None:
-        own = find_lora(config.lora.start).config
-        for name in ("rank", "alpha"):
-            if getattr(own, name) != getattr(config.lora, name):
-                raise ValueError(
-                    f"model.lora.{name} = {getattr(config.lora, name)}: the LoRA to start from has "
-                    f"{getattr(own, name)}; leave {name} out"
-                )
+        started(config.lora)
 
 
 def check_folder(config: ModelConfig, folder: Path, *, transformer_only: bool = False) -> None:

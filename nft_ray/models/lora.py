@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.downloads.pipelines import folder_of
 from nft_ray.models.base import read_json
 from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora
+from nft_ray.models.parts import folder_of
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -226,7 +226,8 @@ def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) 
     """Put the LoRA of `config.start`, if any, into the attached parameters; ValueError where it is not theirs."""
     if config.start is None:
         return
-    weights = _read(find_lora(config.start))
+    file = find_lora(config.start)
+    weights = _read(file)
     strange = sorted(parameters.keys() ^ weights.keys())
     if strange:
         layer, where = strange[0].rsplit(".lora_", 1)[0], "it" if strange[0] in parameters else "this model"
@@ -237,6 +238,10 @@ def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) 
                 f"model.lora.start = {config.start}: {name} is {weights[name].shape}, {tuple(value.shape)} is needed; "
                 "is it another model's, or its rank another?"
             )
+    if file.config.alpha != config.alpha:  # no tensor would tell
+        raise ValueError(
+            f"model.lora.alpha = {config.alpha}: the LoRA to start from has {file.config.alpha}; leave alpha out"
+        )
     assign(parameters, weights)
 
 

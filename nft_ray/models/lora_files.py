@@ -4,10 +4,14 @@ pytorch_lora_weights.safetensors (or another .safetensors file)   diffusers; alp
 adapter_config.json + adapter_model.safetensors                   peft, as the published code writes them
 checkpoint-N/lora/...                                             the published layout, one folder up
 state.json + ema.safetensors                                      our own checkpoint: the EMA policy
+
+A file is read with what stands beside it, however it was named: its alpha is not in its tensors.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,12 @@ from typing import Any
 from nft_ray.config import LoraConfig
 from nft_ray.downloads.pipelines import is_hub_id, lora_folder, token
 
+logger = logging.getLogger(__name__)
+
 DIFFUSERS, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
+STATE = "state.json"
 PREFIXES = ("base_model.model.", "transformer.")
+"""What peft and diffusers write before a layer's name."""
 UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
 """peft options that change what the factors mean; false or empty in every LoRA that this project makes."""
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -36,34 +44,32 @@ def find_lora(path: str | Path) -> LoraFile:
     """The LoRA in a file or folder, or of a Hub id, which is downloaded; ValueError where none can be used."""
     place = Path(path).expanduser()
     if place.is_file():
-        return _file(place, {})
+        return _file(place)
     if not place.is_dir():
         if not is_hub_id(str(path)):
             raise ValueError(f"LoRA {path}: no such file or folder, and no Hub id")
         place = lora_folder(str(path), token())
     if (place / PEFT_CONFIG).is_file():
-        options = _json(place / PEFT_CONFIG)
         if not (place / PEFT).is_file():
             raise ValueError(f"LoRA {path}: {PEFT_CONFIG} stands there without {PEFT}")
-        return _file(place / PEFT, options)
+        return _file(place / PEFT)
     if (place / DIFFUSERS).is_file():
-        return _file(place / DIFFUSERS, {})
-    if (place / "state.json").is_file() and (place / "ema.safetensors").is_file():
-        ours = _json(place / "state.json")["config"]["model"]["lora"]
-        return _file(place / "ema.safetensors", {"lora_alpha": ours["alpha"], "target_modules": ours["targets"]})
+        return _file(place / DIFFUSERS)
+    if (place / STATE).is_file() and (place / "ema.safetensors").is_file():
+        return _file(place / "ema.safetensors")
     if (place / "lora").is_dir():
         return find_lora(place / "lora")
     others = sorted(place.glob("*.safetensors"))
     if len(others) == 1:
-        return _file(others[0], {})
+        return _file(others[0])
     raise ValueError(f"LoRA {path}: holds neither {DIFFUSERS} nor {PEFT_CONFIG} with {PEFT}, nor one .safetensors file")
 
 
-def _file(path: Path, options: Mapping[str, Any]) -> LoraFile:
+def _file(path: Path) -> LoraFile:
     header = _header(path)
     metadata = json.loads(header.pop("__metadata__", {}).get("lora_adapter_metadata", "{}"))
-    options = options or {key.removeprefix("transformer."): value for key, value in metadata.items()}
     tensors = {_wire_name(name, path): (name, tuple(entry["shape"])) for name, entry in sorted(header.items())}
+    options = {key.removeprefix("transformer."): value for key, value in metadata.items()} or _beside(path, header)
     for option in UNSUPPORTED:
         if options.get(option):
             raise ValueError(f"LoRA {path}: {option} = {options[option]!r} is not supported; train one without it")
@@ -75,11 +81,37 @@ def _file(path: Path, options: Mapping[str, Any]) -> LoraFile:
     if len(ranks) != 1:
         raise ValueError(f"LoRA {path}: layers of ranks {sorted(ranks)}; one rank for all is needed")
     (rank,) = ranks
-    alpha = options.get("lora_alpha", rank)  # diffusers scales by 1 where a file says nothing
+    if "lora_alpha" not in options:
+        _say_scaled_by_one(path, rank)
+    alpha = options.get("lora_alpha", rank)
     if alpha != int(alpha) or alpha < 1:
         raise ValueError(f"LoRA {path}: alpha = {alpha}; a whole number from 1 is needed")
     config = LoraConfig(rank=rank, alpha=int(alpha), targets=_targets(options, layers))
     return LoraFile(path=path, tensors=tensors, config=config)
+
+
+def _beside(path: Path, names: Iterable[str]) -> Mapping[str, Any]:
+    """What says of a file without metadata what it is: peft's configuration or our state, in the same folder.
+
+    A file in diffusers' format may do without. ValueError where nothing says alpha.
+    """
+    if all(name.startswith("transformer.") for name in names):
+        return {}
+    if (path.parent / PEFT_CONFIG).is_file():
+        return _json(path.parent / PEFT_CONFIG)
+    if (path.parent / STATE).is_file():
+        ours = _json(path.parent / STATE)["config"]["model"]["lora"]
+        return {"lora_alpha": ours["alpha"], "target_modules": ours["targets"]}
+    if any(name.startswith("base_model.model.") for name in names):
+        raise ValueError(f"LoRA {path}: a file of peft whose {PEFT_CONFIG} is missing beside it: that says alpha")
+    raise ValueError(f"LoRA {path}: nothing says its alpha: {PEFT_CONFIG} or {STATE} is missing beside it")
+
+
+@functools.cache
+def _say_scaled_by_one(path: Path, rank: int) -> None:
+    logger.warning(
+        "LoRA %s: does not say its alpha; it is scaled by 1, as diffusers does: alpha = rank = %d", path, rank
+    )
 
 
 def _targets(options: Mapping[str, Any], layers: list[str]) -> tuple[str, ...]:

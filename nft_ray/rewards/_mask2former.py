@@ -27,9 +27,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from nft_ray.rewards._clip import check_keys, device_of, dtype_of
+from nft_ray.rewards._detections import Asked, Box
 from nft_ray.rewards._vocabulary import OBJECT_NAMES
 from nft_ray.rewards.base import TorchRewardConfig, one_line
-from nft_ray.rewards.geneval import Asked, Box
 
 MAX_INSTANCES = 100
 """Per image; mmdet's max_per_image."""

@@ -41,12 +41,11 @@ class Aesthetic:
     def __init__(self, config: Config) -> None:
         from nft_ray.rewards._clip import clip_images, load_clip
 
-        root = weights_root(config.weights)
-        require("aesthetic", files(config), root)
-        model = load_clip(root / MODEL, config)
+        place = require("aesthetic", files(config), weights_root(config.weights))
+        model = load_clip(place[MODEL], config)
         del model.text_model, model.text_projection  # a quarter of the weights, and no prompt is read
         self._images = clip_images(model, config)
-        self._head = load_head(root / HEAD, model.config.projection_dim).to(model.device)
+        self._head = load_head(place[HEAD], model.config.projection_dim).to(model.device)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score."""

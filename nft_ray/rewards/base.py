@@ -126,7 +126,7 @@ class TorchRewardConfig(RewardConfig):
     micro_batch_size: Annotated[int, Mark.PLACEMENT] = Field(default=64, ge=1)
     """Images of one forward."""
     weights: Annotated[str | None, Mark.PLACEMENT] = None
-    """Folder of the published files; null = NFT_RAY_WEIGHTS, or ~/.cache/nft_ray/weights."""
+    """Folder of the published files; null = NFT_RAY_WEIGHTS, or the Hub's cache (HF_HOME)."""
 
 
 def reward_names() -> list[str]:

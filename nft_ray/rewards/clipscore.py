@@ -31,11 +31,10 @@ class ClipScore:
     def __init__(self, config: Config) -> None:
         from nft_ray.rewards._clip import clip_images, clip_texts, load_clip, logit_scale
 
-        root = weights_root(config.weights)
-        require("clipscore", files(config), root)
-        model = load_clip(root / MODEL, config)
-        self._images, self._texts = clip_images(model, config), clip_texts(model, root / MODEL, config)
-        self._scale = logit_scale(root / MODEL) / SCALE
+        place = require("clipscore", files(config), weights_root(config.weights))
+        model = load_clip(place[MODEL], config)
+        self._images, self._texts = clip_images(model, config), clip_texts(model, place[MODEL], config)
+        self._scale = logit_scale(place[MODEL]) / SCALE
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score."""

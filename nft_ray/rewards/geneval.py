@@ -15,21 +15,20 @@ purpose: a wrong position earns 0 (published: 1.0 is appended after the 0.0), a 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nft_ray.downloads.published import PublishedFile
 from nft_ray.rewards import _vocabulary
+from nft_ray.rewards._detections import Asked, Box, Detector
 from nft_ray.rewards.base import Reward, Scores, TorchRewardConfig, check_batch, one_line
 from nft_ray.rewards.weights import require, weights_root
 
 if TYPE_CHECKING:
     from nft_ray.shapes.detector import Detections as ShapesDetections
 
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels, y downwards."""
 Objects = Mapping[str, Sequence[tuple[Box, float]]]
 """class -> [(box, confidence), ...], by falling confidence once selected."""
 ColorsOf = Callable[[str, list[Box]], list[str]]
@@ -206,37 +205,6 @@ class Config(TorchRewardConfig):
         return section
 
 
-class Detections(Protocol):
-    """What a detector found in one image."""
-
-    @property
-    def objects(self) -> Mapping[str, list[tuple[Box, float]]]: ...
-
-
-D = TypeVar("D", bound=Detections)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked(Generic[D]):
-    """A question about colours: those of some boxes of `detections.objects[class_name]`."""
-
-    detections: D
-    class_name: str
-    boxes: list[Box]
-
-
-class Detector(Protocol[D]):
-    """Finds objects in images, with any confidence (the thresholds are the reward's), and then tells their colours."""
-
-    def detect(self, images: np.ndarray) -> Sequence[D]:
-        """images uint8 (B, H, W, 3) -> what is in each."""
-        ...
-
-    def colors_of(self, asked: Sequence[Asked[D]]) -> Sequence[list[str]]:
-        """For each question, about any of the images, one colour per box. Asked at most once per batch."""
-        ...
-
-
 class GenEval:
     """The reward: `values` is the soft score, or strict; details are `soft`, and `strict` and `correct`, 0 or 1."""
 
@@ -345,11 +313,10 @@ def build(config: Config) -> Reward:
     """Load the detector that the experiment names."""
     if config.detector == "shapes":
         return GenEval(_Shapes(), config.credit)
-    root = weights_root(config.weights)
-    require("geneval", files(config), root)
+    place = require("geneval", files(config), weights_root(config.weights))
     from nft_ray.rewards._colors import ColorClassifier
     from nft_ray.rewards._mask2former import Mask2FormerDetector
 
-    colors = ColorClassifier(root / COLORS_CHECKPOINT, config)
-    detector = Mask2FormerDetector(root / MASK2FORMER, config, colors, floor=CONFIDENCE_THRESHOLD)
+    colors = ColorClassifier(place[COLORS_CHECKPOINT], config)
+    detector = Mask2FormerDetector(place[MASK2FORMER], config, colors, floor=CONFIDENCE_THRESHOLD)
     return GenEval(detector, config.credit)

@@ -34,10 +34,10 @@ class HpsV2:
         from nft_ray.rewards._clip import ImageEncoder, TextEncoder, device_of, load_open_clip, open_clip
         from nft_ray.rewards.preprocessing import padded
 
-        root, library, device = weights_root(config.weights), open_clip(), device_of(config)
-        require("hpsv2", files(config), root)
+        library, device = open_clip(), device_of(config)
+        checkpoint = require("hpsv2", files(config), weights_root(config.weights))[CHECKPOINT]
         architecture = architecture or library.get_model_config(ARCHITECTURE)
-        model = load_open_clip(architecture, read_checkpoint(root / CHECKPOINT), root / CHECKPOINT, config)
+        model = load_open_clip(architecture, read_checkpoint(checkpoint), checkpoint, config)
         tokenizer = library.get_tokenizer(ARCHITECTURE)
         size = architecture["vision_cfg"]["image_size"]
         self._images = ImageEncoder(model.encode_image, lambda images: padded(images, size, device=device), config)

@@ -44,19 +44,18 @@ class ImageReward:
         from nft_ray.rewards._blip import Dimensions, TextDimensions, load
         from nft_ray.rewards._clip import device_of, dtype_of
 
-        root = weights_root(config.weights)
-        require("imagereward", files(config), root)
+        place = require("imagereward", files(config), weights_root(config.weights))
         dimensions = dimensions or Dimensions()
         self._device, self._dtype = device_of(config), dtype_of(config)
         self._size, self._micro_batch = dimensions.image_size, config.micro_batch_size
-        text = TextDimensions.read(root / TEXT_CONFIG)
-        self._tokenizer = _tokenizer(str(root / VOCABULARY))
+        text = TextDimensions.read(place[TEXT_CONFIG])
+        self._tokenizer = _tokenizer(str(place[VOCABULARY]))
         if len(self._tokenizer) != text.vocab_size:
             raise ValueError(
-                f"{root / VOCABULARY}: {len(self._tokenizer)} tokens with {' and '.join(ADDED_TOKENS)}, "
-                f"but {root / TEXT_CONFIG} says {text.vocab_size}"
+                f"{place[VOCABULARY]}: {len(self._tokenizer)} tokens with {' and '.join(ADDED_TOKENS)}, "
+                f"but {place[TEXT_CONFIG]} says {text.vocab_size}"
             )
-        self._network = load(root / CHECKPOINT, text, dimensions, device=self._device, dtype=self._dtype)
+        self._network = load(place[CHECKPOINT], text, dimensions, device=self._device, dtype=self._dtype)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """See Reward.score."""

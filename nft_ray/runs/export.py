@@ -17,10 +17,10 @@ import torch
 from safetensors.numpy import load_file
 
 from nft_ray.config import ExperimentConfig, ModelConfig, dump, load
-from nft_ray.downloads.pipelines import prepare
 from nft_ray.models.base import family, load_model
 from nft_ray.models.full import export_transformer
 from nft_ray.models.lora import export_lora, merged
+from nft_ray.models.parts import prepare
 from nft_ray.prompts.draw import load_prompts, shared_tags
 from nft_ray.runs import report
 from nft_ray.runs.card import model_card, shareable

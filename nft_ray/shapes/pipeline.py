@@ -4,7 +4,7 @@
                                     |
     noise (8, 8, 8) --SD3Transformer2DModel, 4 layers x 128--> latents --AutoencoderKL, f4--> image (3, 32, 32)
 
-`build` makes it untrained; `nft_ray.shapes.pretrain` trains it; `PATH` is the trained one, in diffusers' own format:
+`build` makes it untrained; `pretrain` trains it; `PATH` is the trained one, in diffusers' own format:
 
     StableDiffusion3Pipeline.from_pretrained(PATH, text_encoder_3=None, tokenizer_3=None)
 

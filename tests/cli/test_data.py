@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nft_ray.cli.main import main
-from nft_ray.downloads import fetch as fetch_module
+from nft_ray.downloads import transfer
 from nft_ray.prompts import sets as prompt_sets
 from nft_ray.prompts.draw import load_prompts
 from nft_ray.rewards.geneval import Config, check_line
@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data root."""
-    monkeypatch.setattr(fetch_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(transfer, "RETRY_S", 0.01)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("NFT_RAY_DATA", str(tmp_path / "data"))
     return tmp_path / "data"

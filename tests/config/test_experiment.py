@@ -1,6 +1,11 @@
 """Every YAML is an experiment that loads, and whatever is wrong with one is said in a line before anything starts."""
 
+import builtins
+import io
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +235,37 @@ class TestRewards:
         )
         assert config.trained_weights == {"geneval": -0.5}
         assert sorted(config.reward_configs) == ["geneval", "jpeg_compressibility", "jpeg_incompressibility"]
+
+
+class TestReading:
+    """A YAML is read, and nothing else: what needs a file is a second step (models/resolve.py)."""
+
+    def test_takes_a_moment(self) -> None:
+        """Commands that only look at a YAML do not wait for torch. No contract says it: it is of what runs."""
+        heavy = "{'torch', 'diffusers', 'transformers', 'ray'}"
+        script = f"import sys, nft_ray.config; assert not {heavy} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+    @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+    def test_opens_no_other_file_and_makes_no_connection(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        overrides = ("model.path=someone/pipeline", "model.lora.start=someone/lora", "prompts.train=/none.txt")
+        load(path)  # the modules of its rewards are imported
+        opened, plain = list[Path](), io.open
+
+        def noted(file: Any, *arguments: Any, **options: Any) -> Any:
+            opened.append(Path(file))
+            return plain(file, *arguments, **options)
+
+        def refused(*_arguments: Any, **_options: Any) -> Any:
+            raise AssertionError("a connection")
+
+        for module in (io, builtins):
+            monkeypatch.setattr(module, "open", noted)
+        for name in ("socket", "create_connection", "getaddrinfo"):
+            monkeypatch.setattr(socket, name, refused)
+        config = load(path, overrides)
+        assert opened == [path]
+        assert config.model.lora.start == "someone/lora"
 
 
 class TestPlainData:

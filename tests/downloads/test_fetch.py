@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from nft_ray.downloads import fetch as module
-from nft_ray.downloads.fetch import PIECE_BYTES, fetch
+from nft_ray.downloads import transfer as module
+from nft_ray.downloads.fetch import fetch
 from nft_ray.downloads.published import PublishedFile
+from nft_ray.downloads.transfer import PIECE_BYTES
 from tests.conftest import free_port
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -325,7 +326,7 @@ def test_too_little_disk_is_said_before_anything_is_asked(site: Site, tmp_path: 
 
 def test_two_fetches_do_not_write_one_file(site: Site, tmp_path: Path) -> None:
     file = direct(site)
-    with module._locked(tmp_path / "direct/weights.pt.part"), pytest.raises(ValueError, match="another fetch"):
+    with module.locked(tmp_path / "direct/weights.pt.part"), pytest.raises(ValueError, match="another fetch"):
         fetch([file], tmp_path, lambda _: None)
 
 

@@ -51,12 +51,34 @@ def test_a_folder_that_peft_wrote(trained: tuple[peft.PeftModel, Weights], tmp_p
         assert (config.rank, config.alpha, set(config.targets or ())) == (6, 9, set(LORA.targets or ()))
 
 
-def test_diffusers_files_with_and_without_metadata(trained: tuple[peft.PeftModel, Weights], tmp_path: Path) -> None:
+def test_a_peft_file_has_the_alpha_of_the_configuration_beside_it(
+    trained: tuple[peft.PeftModel, Weights], tmp_path: Path
+) -> None:
+    model, weights = trained
+    model.save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "best.safetensors")
+    shutil.copy(tmp_path / "best.safetensors", tmp_path / "adapter_model.safetensors")
+    for name in ("adapter_model.safetensors", "best.safetensors"):
+        found, config = read_lora(tmp_path / name)
+        assert same(found, weights)
+        assert (config.rank, config.alpha, set(config.targets or ())) == (6, 9, set(LORA.targets or ()))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"best\.safetensors: a file of peft whose adapter_config\.json is missing beside it"
+    ):
+        read_lora(tmp_path / "best.safetensors")
+
+
+def test_diffusers_files_with_and_without_metadata(
+    trained: tuple[peft.PeftModel, Weights], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, weights = trained
     export_lora(weights, ModelConfig(lora=LORA), tmp_path / "ours")
     found, config = read_lora(tmp_path / "ours")
     assert same(found, weights)
     assert (config.rank, config.alpha, set(config.targets or ())) == (6, 9, set(LORA.targets or ()))
+
+    assert not caplog.records
 
     (tmp_path / "renamed").mkdir()
     tensors = {name: torch.from_numpy(value).bfloat16() for name, value in weights.items()}
@@ -68,6 +90,9 @@ def test_diffusers_files_with_and_without_metadata(trained: tuple[peft.PeftModel
         assert same(found, {name: value.float().numpy() for name, value in tensors.items()})
         assert (config.rank, config.alpha) == (6, 6)  # what diffusers makes of a file that does not say
         assert set(config.targets or ()) == {name.rsplit(".lora_", 1)[0] for name in weights}
+    assert [record.getMessage() for record in caplog.records if str(file) in record.getMessage()] == [
+        f"LoRA {file}: does not say its alpha; it is scaled by 1, as diffusers does: alpha = rank = 6"
+    ]  # once, however often it is read
 
 
 def test_our_own_checkpoint_gives_the_ema_policy(tmp_path: Path) -> None:
@@ -79,9 +104,13 @@ def test_our_own_checkpoint_gives_the_ema_policy(tmp_path: Path) -> None:
     save_file({name: torch.from_numpy(0 * value) for name, value in ema.items()}, tmp_path / "policy.safetensors")
     state = {"config": {"model": {"lora": {"rank": 2, "alpha": 5, "targets": None}}}}
     (tmp_path / "state.json").write_text(json.dumps(state))
-    found, config = read_lora(tmp_path)
-    assert same(found, ema)
-    assert config == LoraConfig(rank=2, alpha=5, targets=("blocks.0.a",))
+    for path in (tmp_path, tmp_path / "ema.safetensors"):
+        found, config = read_lora(path)
+        assert same(found, ema)
+        assert config == LoraConfig(rank=2, alpha=5, targets=("blocks.0.a",))
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"ema\.safetensors: .* state\.json .* missing beside it"):
+        read_lora(tmp_path / "ema.safetensors")
 
 
 def write(path: Path, ranks: tuple[int, int] = (2, 2), name: str = "transformer.b.0.q.lora_{}.weight") -> Path:
@@ -118,9 +147,11 @@ def test_cut_files_and_other_kinds_of_lora_are_refused(trained: tuple[peft.PeftM
     with pytest.raises(ValueError, match="use_dora = True is not supported"):
         read_lora(tmp_path)
     config.write_text(json.dumps(options))
-    weights.write_bytes(weights.read_bytes()[:-5])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         read_lora(tmp_path)
+    weights.write_bytes(whole)
     config.write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json: "):
         read_lora(tmp_path)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig, dump, load
+from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig, dump, load, parse
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import check_model, load_model
 from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights, read_lora
+from nft_ray.models.resolve import resolve
 from nft_ray.types import Weights
 from tests.examples import example_config
 
@@ -35,7 +36,7 @@ def starting(start: Path, *overrides: str) -> ExperimentConfig:
     lora = {name: value for name, value in plain.model.lora.model_dump(exclude_unset=True).items() if name not in free}
     tree = plain.model_dump(mode="json", exclude_unset=True)
     tree["model"]["lora"] = {**lora, "start": str(start), **dict(override.split("=") for override in overrides)}
-    return ExperimentConfig.model_validate(tree)
+    return resolve(parse(tree))
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -48,7 +49,12 @@ def test_rank_alpha_and_targets_are_its_own(start: Path, tmp_path: Path) -> None
     assert set(config.model.lora.targets or ()) == {"attn.to_q", "attn.to_v"}
     check_model(config.model)
     (tmp_path / "resolved.yaml").write_text(dump(config))
-    assert load(tmp_path / "resolved.yaml").model == config.model  # what a run keeps says all of it
+    start.rename(start.with_name("elsewhere"))
+    try:
+        again = resolve(load(tmp_path / "resolved.yaml"))
+    finally:
+        start.with_name("elsewhere").rename(start)
+    assert again.model == config.model  # what a run keeps says all of it
 
 
 def test_policy_old_policy_and_ema_start_there_and_the_reference_does_not(start: Path) -> None:
@@ -81,8 +87,8 @@ def test_a_state_goes_on_from_there(start: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("rank=8",), "model.lora: rank = 8: the LoRA to start from has 6; leave rank out"),
-        (("alpha=64",), "model.lora: alpha = 64: the LoRA to start from has 9; leave alpha out"),
+        (("rank=8",), "model.lora.rank = 8: the LoRA to start from has 6; leave rank out"),
+        (("alpha=64",), "model.lora.alpha = 64: the LoRA to start from has 9; leave alpha out"),
     ],
 )
 def test_a_conflict_is_one_clear_line(overrides: tuple[str, ...], message: str, start: Path, tmp_path: Path) -> None:
@@ -90,10 +96,20 @@ def test_a_conflict_is_one_clear_line(overrides: tuple[str, ...], message: str, 
     path.write_text(dump(example_config()))
     tree = path.read_text().replace("    rank: 4\n    alpha: 8\n    targets: null\n", "")
     path.write_text(tree.replace("    start: null\n", f"    start: {start}\n"))
-    load(path)
+    resolve(load(path))
     with pytest.raises(ValueError) as caught:
-        load(path, [f"model.lora.{override}" for override in overrides])
+        resolve(load(path, [f"model.lora.{override}" for override in overrides]))
     assert str(caught.value) == message
+
+
+def test_null_leaves_it_to_the_lora_and_a_configuration_that_was_not_resolved_is_no_other_scale(start: Path) -> None:
+    section = {"start": str(start), "rank": None, "alpha": None, "targets": None}
+    plain = example_config()
+    config = parse(plain.model_dump(mode="json") | {"model": {"lora": section}})
+    assert resolve(config).model.lora == starting(start).model.lora
+    lora = OWN.model_copy(update={"start": str(start), "alpha": 64})
+    with pytest.raises(ValueError, match=r"model\.lora\.alpha = 64: the LoRA to start from has 9"):
+        LearnerCore(plain.model_copy(update={"model": ModelConfig(lora=lora)}))
 
 
 def test_a_start_that_is_not_there_or_not_this_models_is_one_clear_line(start: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nft_ray.rewards._colors import ARCHITECTURE, COLORS, ColorClassifier
+from nft_ray.rewards._detections import Asked
 from nft_ray.rewards.base import TorchRewardConfig, load_reward
-from nft_ray.rewards.geneval import COLORS_CHECKPOINT, MASK2FORMER, Asked
+from nft_ray.rewards.geneval import COLORS_CHECKPOINT, MASK2FORMER
 from tests.oracles import make_env
 
 FILE = "tests/rewards/test_colors.py"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nft_ray.rewards._detections import Asked, Box
 from nft_ray.rewards.base import check_lines, load_reward, reward_config, reward_files
-from nft_ray.rewards.geneval import Asked, Box, GenEval, GenEvalResult, evaluate, relations, select
+from nft_ray.rewards.geneval import GenEval, GenEvalResult, evaluate, relations, select
 from nft_ray.shapes.grammar import TAGS
 from nft_ray.shapes.grammar import test_lines as held_out_lines
 from nft_ray.shapes.world import render, sample_scene

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+from nft_ray.rewards._detections import Asked
 from nft_ray.rewards._mask2former import (
     BLANK,
     OBJECT_NAMES,
@@ -26,7 +27,7 @@ from nft_ray.rewards._mask2former import (
     load_model,
 )
 from nft_ray.rewards.base import TorchRewardConfig
-from nft_ray.rewards.geneval import CONFIDENCE_THRESHOLD, Asked, GenEval
+from nft_ray.rewards.geneval import CONFIDENCE_THRESHOLD, GenEval
 
 SMALL_SWIN = {"image_size": 64, "embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 3], "window_size": 4}
 SMALL = {

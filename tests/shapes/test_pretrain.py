@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from nft_ray.cli.pretrain import strict
 from nft_ray.shapes import grammar, pretrain
 from nft_ray.shapes import pipeline as nano
 from nft_ray.shapes.grammar import TAGS
@@ -95,14 +96,14 @@ def test_prompts_are_encoded_as_the_pipeline_does(packaged: StableDiffusion3Pipe
 
 def test_the_base_is_half_good(packaged: StableDiffusion3Pipeline) -> None:
     """A quarter of the lines: four standard errors around the whole file's figure."""
-    accuracy = pretrain.strict_accuracy(packaged, LINES[:120], guidance=1.0)
+    accuracy = pretrain.strict_accuracy(packaged, LINES[:120], strict, guidance=1.0)
     assert list(accuracy) == ["all", *TAGS]
     assert 0.37 <= accuracy["all"] <= 0.73
 
 
 @pytest.mark.slow
 def test_the_base_is_half_good_on_every_line_and_guidance_helps(packaged: StableDiffusion3Pipeline) -> None:
-    plain = pretrain.strict_accuracy(packaged, LINES, guidance=1.0)
-    guided = pretrain.strict_accuracy(packaged, LINES, guidance=pretrain.GUIDANCE)
+    plain = pretrain.strict_accuracy(packaged, LINES, strict, guidance=1.0)
+    guided = pretrain.strict_accuracy(packaged, LINES, strict, guidance=pretrain.GUIDANCE)
     assert 0.45 <= plain["all"] <= 0.65
     assert guided["all"] >= plain["all"] + 0.1
