@@ -251,7 +251,7 @@ class TrackingConfig(Section):
 
 
 class StageConfig(Section):
-    """A part of the run, and what it changes of the experiment; see nft_ray/composition.py."""
+    """A part of the run, and what it changes of the experiment; see nft_ray/config/composition.py."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w-]*$")]
     """Shown in the console; names the folder of the stage's evaluations."""
