@@ -37,6 +37,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
+from nft_ray.downloads.cache import hub_file
 from nft_ray.downloads.fetch import fetch as fetch_files
 from nft_ray.downloads.published import PublishedFile
 from nft_ray.downloads.transfer import ATTEMPTS, MIB, TIMEOUT_S
@@ -219,16 +220,19 @@ def _download(path: str, revision: str | None, wanted: Sequence[str], token: str
 def _planned(
     name: str, revision: str | None, wanted: Sequence[str], token: str | None, subject: str, **options: Any
 ) -> list[PublishedFile]:
-    """What is not in the cache of the files that match; ValueError with one line where the Hub says no."""
+    """What the cache lacks of the newest commit's files that match; ValueError with one line where the Hub says no."""
     try:
         found = _snapshot(name, revision, wanted, token, dry_run=True, **options)
     except FAILURES as error:
         raise explained(error, subject, name, token) from None
-    return [
-        PublishedFile(path=f"{name}/{file.filename}", revision=revision or "main", mib=(file.file_size or 0) / MIB)
-        for file in found
-        if file.will_download
-    ]
+    planned = []
+    for one in found:
+        mib = (one.file_size or 0) / MIB if one.will_download else 0.0
+        file = PublishedFile(path=f"{name}/{one.filename}", revision=revision or "main", mib=mib)
+        here = hub_file(file)
+        if here is None or one.commit_hash not in here.parts:  # a blob that is here may still want its link
+            planned.append(file)
+    return planned
 
 
 def _snapshot(name: str, revision: str | None, wanted: Sequence[str], token: str | None, **options: Any) -> Any:

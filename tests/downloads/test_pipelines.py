@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -190,20 +191,30 @@ def test_a_killed_download_goes_on_where_it_was_killed(hub: Hub, tmp_path: Path)
     hub.chunk_s = 0.2
     killed = client(hub, tmp_path)
     whole = lambda: [file for file in tmp_path.glob("hub/*/snapshots/**/*.json") if file.is_file()]  # noqa: E731
-    parts = lambda: [part for part in tmp_path.glob("hub/*/blobs/*.part") if part.stat().st_size]  # noqa: E731
-    wait_for(lambda: parts() and whole())
+    parts = lambda: sizes(tmp_path.glob("hub/*/blobs/*.part"))  # noqa: E731
+    cut = lambda: [size for size in parts() if size and size % PIECE_BYTES == 0]  # noqa: E731
+    wait_for(lambda: cut() and whole())
     killed.kill()
     killed.wait()
     (snapshot,) = tmp_path.glob("hub/*/snapshots/*")
     kept = {str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()}
-    cut, hub.chunk_s = {f"bytes={part.stat().st_size}-" for part in parts()}, 0.0
+    asked, hub.chunk_s = {f"bytes={size}-" for size in cut()}, 0.0
     hub.sent.clear()
     assert fetched() == snapshot
     assert missing_parts(snapshot, WANTED) == []
     assert kept
     assert not set(hub.sent) & kept
-    assert cut <= {line.split()[1] for line in hub.ranges}
-    assert not parts()
+    assert asked <= {line.split()[1] for line in hub.ranges}
+    assert not list(tmp_path.glob("hub/*/blobs/*.part*"))
+
+
+def test_a_blob_whose_process_died_before_it_was_linked_is_linked(hub: Hub) -> None:
+    snapshot = fetched()
+    (snapshot / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    hub.sent.clear()
+    assert fetched() == snapshot
+    assert missing_parts(snapshot, WANTED) == []
+    assert not hub.sent
 
 
 def test_of_two_processes_one_downloads(hub: Hub, tmp_path: Path) -> None:
@@ -216,6 +227,15 @@ def test_of_two_processes_one_downloads(hub: Hub, tmp_path: Path) -> None:
     assert min(told) == 0
     assert max(told) > 2  # progress, while the slow Hub sends
     assert set(hub.sent.values()) == {1}
+
+
+def sizes(files: Iterable[Path]) -> list[int]:
+    """In bytes; a file may be gone by now."""
+    found = []
+    for file in files:
+        with suppress(FileNotFoundError):
+            found.append(file.stat().st_size)
+    return found
 
 
 def wait_for(condition: object, timeout_s: float = 60.0) -> None:
