@@ -11,20 +11,21 @@ import pytest
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.phases import AlternatingSamplers
-from tests.conftest import own_ray
+from tests.conftest import LocalRay
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, MortalSamplerCore, fake_config, fake_load_reward, fake_request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def two_cards() -> Iterator[None]:
+def two_cards(local_ray: LocalRay) -> Iterator[None]:
     """A Ray that believes in two GPUs: what it assigns is all that is looked at."""
     from deployments.build import deploy
+    from deployments.plane import delete
 
-    with own_ray(include_dashboard=False, num_gpus=2):
-        asyncio.run(deploy(fake_config(), fake_load_reward))
-        yield
+    names = asyncio.run(deploy(fake_config(), fake_load_reward))
+    yield
+    delete(names)
 
 
 def card() -> float:

@@ -17,7 +17,7 @@ import requests
 from PIL import Image
 
 from nft_ray.config import ExperimentConfig
-from tests.conftest import free_port
+from tests.conftest import LocalRay, free_port
 from tests.fakes import NamedRewards, fake_config, fake_load_reward
 
 pytestmark = pytest.mark.ray
@@ -33,19 +33,19 @@ def config(port: int, name: str = REWARD, section: dict[str, Any] | None = None,
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    return free_port()
+def port(local_ray: LocalRay) -> int:
+    return local_ray.http_port
 
 
 @pytest.fixture(scope="module")
-def plane(dashboard_ray: str, port: int) -> Iterator[str]:
+def plane(local_ray: LocalRay, port: int) -> Iterator[str]:
     """One fake reward with one replica, over HTTP with a token; gives the dashboard's host:port."""
     from deployments.build import deploy
     from deployments.plane import delete
 
-    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=dashboard_ray))
+    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=local_ray.dashboard))
     assert names == [f"reward-{REWARD}"]
-    yield dashboard_ray
+    yield local_ray.dashboard
     delete(names)
 
 

@@ -177,7 +177,7 @@ def test_the_architecture_is_the_one_that_the_published_weights_are_for() -> Non
 
 
 @needs_open_clip
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_whole_reward_with_the_real_classifier(tmp_path: Path) -> None:
     """From files to scores: a small Mask2Former that is sure of what it sees, ViT-L/14 at its real size."""
     from open_clip import get_model_config
@@ -215,13 +215,13 @@ def test_without_open_clip_one_line_names_the_extra(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
 def test_in_the_environment_with_open_clip() -> None:
     assert "7 passed" in make_env.run_tests("openclip", FILE)
 
 
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_whole_reward_in_the_environment_with_open_clip() -> None:
-    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "slow")
+    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "large")

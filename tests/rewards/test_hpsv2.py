@@ -184,7 +184,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @needs_open_clip
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_is_what_the_published_package_scores(tmp_path: Path) -> None:
     from open_clip import get_model_config
 
@@ -202,13 +202,13 @@ def test_without_open_clip_one_line_names_the_extra(tmp_path: Path) -> None:
         load_reward("hpsv2", {"weights": str(tmp_path)})
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
 def test_in_the_environment_with_open_clip() -> None:
     assert "11 passed" in make_env.run_tests("openclip", FILE)
 
 
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_in_the_environment_with_open_clip() -> None:
-    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "slow")
+    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "large")
