@@ -64,19 +64,7 @@ def answers(head: dict[str, str]) -> bool:
 
 
 def submit(head: dict[str, str], job: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        RAY,
-        "job",
-        "submit",
-        "--submission-id",
-        job,
-        "--working-dir",
-        ".",
-        "--",
-        sys.executable,
-        "-m",
-        "nft_ray",
-    ]
+    command = [RAY, "job", "submit", "--submission-id", job, "--working-dir", "."]
     small = [*SMALL, few_lines(Path(head["HOME"])), "sampler.num_workers=1", f"run.name={job}"]
     command += ["--", sys.executable, "-m", "nft_ray", "train", "configs/quickstart.yaml", *sets(*small, *settings)]
     return subprocess.run(command, cwd=REPO, env=head, capture_output=True, text=True, timeout=400, check=False)
