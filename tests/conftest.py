@@ -26,6 +26,8 @@ TOKEN = secrets.token_hex(32)
 """One for all Rays of this process: Ray reads it once."""
 GOLDENS = Path(os.environ.get("NFT_RAY_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 PROCESSES = 2
+RANKS = ("test_learner.py", "test_policy.py")
+"""They share the processes of tests/learning.py."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -39,9 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A group per file, one for all that share a Ray; the long ones first, so that the end is even."""
     of_ray = {item.path for item in items if "local_ray" in getattr(item, "fixturenames", ())}
     for item in items:
-        group = "ray" if item.path in of_ray else item.path.relative_to(Path(__file__).parent).as_posix()
+        group = "ray" if item.path in of_ray else "ranks" if item.path.name in RANKS else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.path not in of_ray, item.path.parent.name != "e2e"))
+    items.sort(key=lambda item: (item.path not in of_ray, item.path.parent.name != "e2e", item.path.name not in RANKS))
 
 
 @pytest.fixture(scope="session")
