@@ -26,8 +26,22 @@ TOKEN = secrets.token_hex(32)
 """One for all Rays of this process: Ray reads it once."""
 GOLDENS = Path(os.environ.get("NFT_RAY_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 PROCESSES = 2
-RANKS = ("test_learner.py", "test_policy.py")
-"""They share the processes of tests/learning.py."""
+TOGETHER = {
+    "ray": (
+        "actors/test_colocation.py",
+        "actors/test_downloads.py",
+        "deployments/test_plane.py",
+        "deployments/test_sglang_server.py",
+        "e2e/test_evaluate.py",
+        "e2e/test_presets.py",
+        "e2e/test_rewards.py",
+        "e2e/test_run.py",
+        "test_roles.py",
+    ),
+    "ranks": ("cores/test_learner.py", "cores/test_policy.py"),
+}
+"""Files that share what is dear to start, and so a process: the fixture `local_ray`, the processes of `on_ranks`."""
+GROUP_OF = {f"tests/{file}": group for group, files in TOGETHER.items() for file in files}
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -36,14 +50,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if any(str(argument).partition("::")[0].endswith(".py") for argument in named) else PROCESSES
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file, or a group of files, goes to one process as a whole. xdist's own `loadgroup` marks do not reach pytest 9."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return GROUP_OF.get(file, file)
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group per file, one for all that share a Ray; the long ones first, so that the end is even."""
-    of_ray = {item.path for item in items if "local_ray" in getattr(item, "fixturenames", ())}
+    """The long files first, so that all processes end together."""
     for item in items:
-        group = "ray" if item.path in of_ray else "ranks" if item.path.name in RANKS else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.path not in of_ray, item.path.parent.name != "e2e", item.path.name not in RANKS))
+        if "local_ray" in getattr(item, "fixturenames", ()) and GROUP_OF.get(_file(item)) != "ray":
+            raise pytest.UsageError(f"{_file(item)} uses local_ray: name it in TOGETHER of tests/conftest.py")
+    order = {group: index for index, group in enumerate(TOGETHER)}
+    items.sort(key=lambda item: (order.get(GROUP_OF.get(_file(item), ""), len(order)), "/e2e/" not in _file(item)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")
