@@ -51,7 +51,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file, or a group of files, goes to one process as a whole. xdist's own `loadgroup` marks do not reach pytest 9."""
+    """A file, or a group of files, goes to one process as a whole (xdist's `loadgroup` has no effect in pytest 9.2)."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
