@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test check docker-check clean
+.PHONY: help setup quickstart test test-all check docker-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,8 +28,11 @@ quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system 
 oracles: setup # the environments that cannot share .venv: open_clip, and published code to compare with
 	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
 
-test: oracles ## all tests, about 30 minutes (plain `pytest` leaves out the slow ones)
-	$(BIN)/python -m pytest -m "slow or not slow" -W ignore $(ARGS)
+test: setup ## what must hold before a change lands, about 8 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
+	$(BIN)/python -m pytest -m "not large" -W ignore $(ARGS)
+
+test-all: oracles ## and what is at real size or needs an oracle's environment, about 30 minutes
+	$(BIN)/python -m pytest -m "" -W ignore $(ARGS)
 
 check: setup ## style, format, types, who imports whom (the contracts in pyproject.toml)
 	$(BIN)/ruff check .

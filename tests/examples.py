@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray.config import ExperimentConfig, load, parse
+from nft_ray.prompts.sets import PACKAGED
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMALL = [
@@ -24,6 +25,13 @@ SHORT = {
     "weight_decay": "learner.weight_decay",
     "max_staleness": "run.max_staleness",
 }
+
+
+def few_lines(folder: Path, every: int = 10) -> str:
+    """The setting for every tenth of the quickstart's 480 held-out lines: 8 of each tag."""
+    file = folder / "few.jsonl"
+    file.write_text("".join(PACKAGED["shapes/test"].read_text().splitlines(keepends=True)[::every]))
+    return f"prompts.test={file}"
 
 
 def example_config(*overrides: str, algorithm: dict[str, Any] | None = None, **short: Any) -> ExperimentConfig:

@@ -1,8 +1,12 @@
-"""Samples to learn from, and learners of several ranks: processes with a gloo group."""
+"""Samples to learn from, and learners of several ranks: processes with a gloo group.
+
+The processes are started by the first test that wants them and wait for the next one: each imports for 6 s.
+"""
 
 import dataclasses
 import multiprocessing as mp
 import queue
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +61,19 @@ class Rank:
     """Numbers that the rank keeps of the policy."""
 
 
+class _Process:
+    """One that runs `_rank` for whatever is put into `work`; it ends with the tests."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.work, self.results = context.Queue(), context.Queue()
+        self.process = context.Process(target=_serve, args=(self.work, self.results), daemon=True)
+        self.process.start()
+
+
+_processes: list[_Process] = []
+
+
 def on_ranks(
     world_size: int,
     folder: Path,
@@ -65,47 +82,52 @@ def on_ranks(
     state: LearnerState | None = None,
 ) -> list[Rank]:
     """Restore the state, if any, and update by every epoch on so many ranks; what each of them ends with."""
-    context = mp.get_context("spawn")
-    out = context.Queue()
     shares = [(shard(groups, world_size), counts) for groups, counts in epochs]
-    args = (world_size, str(folder / f"store-{len(list(folder.iterdir()))}"), shares, overrides, state, out)
-    ranks = [context.Process(target=_rank, args=(rank, *args)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
+    store = str(folder / f"store-{uuid.uuid4()}")
+    while len(_processes) < world_size:
+        _processes.append(_Process())
+    ranks = _processes[:world_size]
+    for rank, one in enumerate(ranks):
+        one.work.put((rank, world_size, store, shares, overrides, state))
+    results: list[Any] = []
     try:
-        results = [out.get(timeout=180) for _ in ranks]
+        results = [one.results.get(timeout=180) for one in ranks]
     except queue.Empty:
-        raise AssertionError(f"ranks are silent: {[process.exitcode for process in ranks]}") from None
+        raise AssertionError(f"ranks are silent: {[one.process.exitcode for one in ranks]}") from None
     finally:
-        for process in ranks:
-            process.join(timeout=30)
-            process.kill()
+        if not all(isinstance(result, Rank) for result in results) or not results:
+            while _processes:  # they may wait for each other
+                _processes.pop().process.kill()
     assert all(isinstance(result, Rank) for result in results), results
-    return sorted(results, key=lambda result: result.rank)
+    return results
+
+
+def _serve(work: Any, results: Any) -> None:
+    while True:
+        try:
+            results.put(_rank(*work.get()))
+        except BaseException as error:
+            results.put(repr(error))
+            raise
 
 
 def _rank(
-    rank: int, world_size: int, store: str, shares: Any, overrides: Sequence[str], state: LearnerState | None, out: Any
-) -> None:
+    rank: int, world_size: int, store: str, shares: Any, overrides: Sequence[str], state: LearnerState | None
+) -> Rank:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    try:
-        core = LearnerCore(example_config(*overrides), rank, world_size)
-        if state is not None:
-            core.restore(state)
-        probe, probe_weights = core.probe()
-        for of_ranks, counts in shares:
-            result, weights = update(core, of_ranks[rank], counts)
-        out.put(
-            Rank(
-                rank=rank,
-                result=result,
-                weights=weights,
-                state=core.state(),
-                probe={"velocity": probe.probe, **({} if probe_weights is None else probe_weights.old)},
-                num_local=sum(value.numel() for value in core.ema.values()),
-            )
-        )
-    except BaseException as error:
-        out.put(f"rank {rank}: {error!r}")
-        raise
+    core = LearnerCore(example_config(*overrides), rank, world_size)
+    if state is not None:
+        core.restore(state)
+    probe, probe_weights = core.probe()
+    for of_ranks, counts in shares:
+        result, weights = update(core, of_ranks[rank], counts)
+    found = Rank(
+        rank=rank,
+        result=result,
+        weights=weights,
+        state=core.state(),
+        probe={"velocity": probe.probe, **({} if probe_weights is None else probe_weights.old)},
+        num_local=sum(value.numel() for value in core.ema.values()),
+    )
     torch.distributed.destroy_process_group()
+    return found

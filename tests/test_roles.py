@@ -1,6 +1,6 @@
 """The contract of the roles, over those of one process and those on Ray; and what Ray's do when workers die.
 
-One Ray of 2 logical CPUs holds 2 samplers, 2 learners, a reward of 3 replicas and Serve, for all tests of this module.
+The Ray of 2 logical CPUs holds 2 samplers, 2 learners, a reward of 3 replicas and Serve, for all tests of this module.
 Cores and reward are the fakes: what every answer should be is known in closed form.
 """
 
@@ -18,6 +18,7 @@ import pytest
 import nft_ray.local
 from nft_ray.roles import Roles
 from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, TrainGroup
+from tests.conftest import LocalRay
 from tests.fakes import (
     FakeLearnerCore,
     FakeSamplerCore,
@@ -59,7 +60,7 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def ray_run(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def ray_run(local_ray: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     from actors.roles import ray_roles
     from deployments.build import deploy
     from deployments.plane import delete

@@ -11,20 +11,21 @@ import pytest
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.phases import AlternatingSamplers
-from tests.conftest import own_ray
+from tests.conftest import LocalRay
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, MortalSamplerCore, fake_config, fake_load_reward, fake_request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def two_cards() -> Iterator[None]:
+def two_cards(local_ray: LocalRay) -> Iterator[None]:
     """A Ray that believes in two GPUs: what it assigns is all that is looked at."""
     from deployments.build import deploy
+    from deployments.plane import delete
 
-    with own_ray(include_dashboard=False, num_gpus=2):
-        asyncio.run(deploy(fake_config(), fake_load_reward))
-        yield
+    names = asyncio.run(deploy(fake_config(), fake_load_reward))
+    yield
+    delete(names)
 
 
 def card() -> float:
@@ -60,20 +61,19 @@ class CardFileSampler(FakeSamplerCore):
         (Path(config.run.root) / f"sampler-{seat}").write_text(str(card()))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_each_pair_shares_a_card(two_cards: None, tmp_path: Path, num_workers: int) -> None:
+def test_each_pair_shares_a_card(two_cards: None, tmp_path: Path) -> None:
     from actors.roles import ray_roles
 
     async def run() -> None:
-        async with ray_roles(config_on_cards(tmp_path, num_workers), CardFileSampler, CardLearner) as roles:
+        async with ray_roles(config_on_cards(tmp_path, 2), CardFileSampler, CardLearner) as roles:
             assert isinstance(roles.samplers, AlternatingSamplers)
 
     asyncio.run(run())
     cards = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert len(cards) == 2 * num_workers
-    for index in range(num_workers):
+    assert len(cards) == 4
+    for index in range(2):
         assert cards[f"sampler-{index}"] == cards[f"learner-{index}"]
-    assert len(set(cards.values())) == num_workers
+    assert len(set(cards.values())) == 2
 
 
 def test_an_evaluations_samplers_have_a_card_each(two_cards: None, tmp_path: Path) -> None:

@@ -97,11 +97,16 @@ def test_a_step_without_any_sample_of_this_rank_is_the_zero_gradient() -> None:
     assert result.metrics["nft/grad_norm"] == 0.0
 
 
-COMPILED = pytest.param("learner.compile=true", marks=pytest.mark.slow)
+def test_less_memory_is_the_same_update() -> None:
+    same_update("learner.gradient_checkpointing=true")
 
 
-@pytest.mark.parametrize("setting", ["learner.gradient_checkpointing=true", COMPILED])
-def test_less_memory_or_more_speed_is_the_same_update(setting: str) -> None:
+@pytest.mark.slow
+def test_more_speed_is_the_same_update(compiler: None) -> None:
+    same_update("learner.compile=true")
+
+
+def same_update(setting: str) -> None:
     groups, counts = example_groups()
     # 5 pairs divide no step's pairs: the last micro-batch is shorter, and compiled it is filled up
     plain = LearnerCore(example_config("learner.micro_batch_size=5", kl_weight=0.1))

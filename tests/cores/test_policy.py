@@ -77,7 +77,10 @@ def test_a_restored_learner_of_either_kind_goes_on_bit_for_bit(tuning: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tuning", "compiled"), [("lora", "true"), ("full", "false")])
+@pytest.mark.parametrize(
+    ("tuning", "compiled"),
+    [("lora", "false"), ("full", "false"), pytest.param("lora", "true", marks=pytest.mark.large)],
+)
 def test_sharded_learners_are_the_whole_ones(tuning: str, compiled: str, tmp_path: Path) -> None:
     """Two ranks, uneven shares of the pairs: with fsdp each rank must run the model as often as the others."""
     settings = (f"model.tuning={tuning}", *SETTINGS)

@@ -214,7 +214,7 @@ def test_equal_weights_give_equal_velocities_in_bfloat16() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_see_every_new_version_and_compile_once() -> None:
+def test_compiled_blocks_see_every_new_version_and_compile_once(compiler: None) -> None:
     """One batch size, a short last chunk included; loading, switching off and guidance trace nothing anew."""
     settings = [
         "sampler.micro_batch_size=6",

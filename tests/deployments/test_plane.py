@@ -5,6 +5,7 @@ import base64
 import io
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import requests
 from PIL import Image
 
 from nft_ray.config import ExperimentConfig
-from tests.conftest import free_port
+from tests.conftest import LocalRay, free_port
 from tests.fakes import NamedRewards, fake_config, fake_load_reward
 
 pytestmark = pytest.mark.ray
@@ -33,19 +34,19 @@ def config(port: int, name: str = REWARD, section: dict[str, Any] | None = None,
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    return free_port()
+def port(local_ray: LocalRay) -> int:
+    return local_ray.http_port
 
 
 @pytest.fixture(scope="module")
-def plane(dashboard_ray: str, port: int) -> Iterator[str]:
+def plane(local_ray: LocalRay, port: int) -> Iterator[str]:
     """One fake reward with one replica, over HTTP with a token; gives the dashboard's host:port."""
     from deployments.build import deploy
     from deployments.plane import delete
 
-    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=dashboard_ray))
+    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=local_ray.dashboard))
     assert names == [f"reward-{REWARD}"]
-    yield dashboard_ray
+    yield local_ray.dashboard
     delete(names)
 
 
@@ -152,13 +153,18 @@ def test_a_dashboard_that_is_not_there_is_one_line() -> None:
 
 
 @pytest.mark.slow
-def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, port: int) -> None:
+def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(
+    plane: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray import serve
 
     from deployments.build import deploy, rebound
     from deployments.plane import Dashboard, delete, find, scale
     from nft_ray.rewards.base import Autoscaling
 
+    dumped = Autoscaling.model_dump
+    quick = {"upscale_delay_s": 0.5, "metrics_interval_s": 0.5, "look_back_period_s": 1.0}  # Serve waits for 30 s
+    monkeypatch.setattr(Autoscaling, "model_dump", lambda self: dumped(self) | quick)
     dashboard = Dashboard(plane)
     section = {"autoscaling": {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}, "batch_size": 1}
     names = asyncio.run(deploy(config(port, OTHER, section), NamedRewards(slow=0.3), dashboard_url=plane))
@@ -166,13 +172,21 @@ def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(plane: str, p
         assert find(dashboard, OTHER).autoscaled
         with pytest.raises(ValueError, match="scales itself: change its bounds with --min and --max"):
             scale(dashboard, OTHER, 2)
-        handle, deadline, pending = serve.get_app_handle(names[0]), time.monotonic() + 90, []
-        while find(dashboard, OTHER).running < 2:
-            assert time.monotonic() < deadline
-            images = np.full((1, 8, 8, 3), len(pending) % 251, np.uint8)
-            pending.append(handle.score.remote(images, [str(time.time_ns())], [{}]))
-            time.sleep(0.1)
-        assert [one.result(timeout_s=60).values[0] for one in pending] == [i % 251 for i in range(len(pending))]
+        handle, deadline, enough = serve.get_app_handle(names[0]), time.monotonic() + 90, threading.Event()
+
+        def keep_asking(value: int) -> None:
+            images = np.full((1, 8, 8, 3), value, np.uint8)
+            while not enough.is_set():
+                asked = handle.score.remote(images, [str(time.time_ns())], [{}])
+                assert asked.result(timeout_s=60).values[0] == value
+
+        with ThreadPoolExecutor(6) as pool:
+            asking = [pool.submit(keep_asking, value) for value in range(6)]
+            while find(dashboard, OTHER).running < 2 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            enough.set()
+        assert [one.result() for one in asking] == [None] * 6
+        assert find(dashboard, OTHER).running == 2
         asyncio.run(rebound(OTHER, Autoscaling(min_replicas=2, max_replicas=3), NamedRewards(), routed=True, wait_s=60))
         while find(dashboard, OTHER).running < 2:
             assert time.monotonic() < deadline + 60

@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 
 from deployments.sglang_server import SglangProcess, command, environment, read_api_key
 from nft_ray.rewards.servers import SglangConfig
-from tests.conftest import free_port
+from tests.conftest import LocalRay, free_port
 
 KEY = "sk-very.secret"
 QUICK = {
@@ -366,7 +366,7 @@ def test_a_supervisor_that_is_killed_takes_the_server_along(stand_in: StandIn) -
 
 
 @pytest.fixture
-def actor(local_ray: None, stand_in: StandIn) -> Iterator[Any]:
+def actor(local_ray: LocalRay, stand_in: StandIn) -> Iterator[Any]:
     import ray
 
     from deployments.sglang_server import serve_sglang
@@ -394,7 +394,7 @@ def test_the_actor_supervises(stand_in: StandIn, actor: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
-def test_no_orphan_is_left_however_the_actor_ends(local_ray: None, stand_in: StandIn, how: str) -> None:
+def test_no_orphan_is_left_however_the_actor_ends(local_ray: LocalRay, stand_in: StandIn, how: str) -> None:
     import ray
 
     from deployments.sglang_server import serve_sglang
@@ -409,7 +409,7 @@ def test_no_orphan_is_left_however_the_actor_ends(local_ray: None, stand_in: Sta
 
 
 @pytest.mark.ray
-def test_a_server_that_does_not_start_leaves_no_actor(local_ray: None, stand_in: StandIn) -> None:
+def test_a_server_that_does_not_start_leaves_no_actor(local_ray: LocalRay, stand_in: StandIn) -> None:
     import ray
 
     from deployments.sglang_server import serve_sglang
@@ -423,18 +423,18 @@ def test_a_server_that_does_not_start_leaves_no_actor(local_ray: None, stand_in:
 
 
 @pytest.mark.ray
-def test_gpus_that_the_cluster_lacks(local_ray: None, stand_in: StandIn) -> None:
+def test_gpus_that_the_cluster_lacks(local_ray: LocalRay, stand_in: StandIn) -> None:
     from deployments.sglang_server import serve_sglang
 
-    config = stand_in.config(data_parallel_size=2, start_timeout_s=1.0)
-    with pytest.raises(RuntimeError, match="waiting for 2 GPUs and 1 CPUs, the cluster has 0 and 2 free; given up"):
+    config = stand_in.config(data_parallel_size=4, start_timeout_s=1.0)
+    with pytest.raises(RuntimeError, match="waiting for 4 GPUs and 1 CPUs, the cluster has 2 and 2 free; given up"):
         asyncio.run(serve_sglang(config))
     assert stand_in.starts == []
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: None, stand_in: StandIn) -> None:
+def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: LocalRay, stand_in: StandIn) -> None:
     """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted."""
     import numpy as np
     from ray import serve
@@ -460,7 +460,7 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: No
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: None, stand_in: StandIn) -> None:
+def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: LocalRay, stand_in: StandIn) -> None:
     """A job that is killed between the server and the reward leaves a detached actor, which holds GPUs for nobody."""
     from deployments.build import deploy
     from deployments.plane import delete, server_name
@@ -481,7 +481,7 @@ def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: None, sta
 
 
 @pytest.mark.ray
-def test_a_reward_whose_server_does_not_start_leaves_nothing(local_ray: None, stand_in: StandIn) -> None:
+def test_a_reward_whose_server_does_not_start_leaves_nothing(local_ray: LocalRay, stand_in: StandIn) -> None:
     from ray import serve
 
     from deployments.build import deploy

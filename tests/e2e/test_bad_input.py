@@ -1,20 +1,17 @@
 """Mistakes of a user and of the world: one clear line, the last one, a status other than 0, and nothing started."""
 
 import json
-import os
 import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nft_ray.cli.main import main
-from tests.examples import QUICKSTART, SMALL
-
-REPO = Path(__file__).parents[2]
+from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray_here, sets
+from tests.examples import QUICKSTART, SMALL, few_lines
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -115,32 +112,27 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
-def train(runs: Path, epochs: int, limit: Callable[[], None] | None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nft_ray", "train", str(QUICKSTART), "--local"]
-    settings = [
-        *SMALL,
-        f"run.num_epochs={epochs}",
-        "run.name=full",
-        "run.checkpoint_every=1",
-        "tracking.uri=file:///dev/null/x",
-    ]
-    for setting in settings:
-        command += ["--set", setting]
-    environment = os.environ | {"NFT_RAY_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=REPO, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False
-    )
-
-
 @pytest.mark.slow
-def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(runs: Path) -> None:
-    assert train(runs, 1, None).returncode == 0
-    failed = train(runs, 2, small_files_only)
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(runs: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, few_lines(tmp_path), "run.name=full", "run.checkpoint_every=1", NO_MLFLOW]
+    command = ["train", str(QUICKSTART), "--local", *sets(*settings)]
+    one_epoch = nft_ray_here(*command, *sets("run.num_epochs=1"), runs=runs)
+    assert one_epoch.returncode == 0, one_epoch.stderr
+    failed = subprocess.run(
+        [sys.executable, "-m", "nft_ray", *command],
+        cwd=REPO,
+        env=environment(runs),
+        capture_output=True,
+        text=True,
+        preexec_fn=small_files_only,
+        timeout=200,
+        check=False,
+    )
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
     assert "the disk is full; earlier checkpoints are intact" in last
     checkpoints = runs / "full" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["epoch-000001"]
-    again = train(runs, 2, None)
+    again = nft_ray_here(*command, runs=runs)
     assert again.returncode == 0, again.stderr
     assert json.loads((runs / "full" / "summary.json").read_text())["epochs"] == 2

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,20 +12,16 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.examples import SMALL
+from tests.command_line import NO_MLFLOW, REPO, sets
+from tests.conftest import free_port
+from tests.examples import SMALL, few_lines
 
-REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module", params=["with a token", "without a token"])
@@ -46,10 +41,10 @@ def head(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     )
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 90
-    while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, check=False).returncode:
+    while not answers(environment):
         assert process.poll() is None, "the head has ended"
         assert time.monotonic() < deadline, "the head does not answer"
-        time.sleep(1)
+        time.sleep(0.2)
     yield environment
     process.send_signal(signal.SIGTERM)
     try:
@@ -59,43 +54,39 @@ def head(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def answers(head: dict[str, str]) -> bool:
+    """Whether jobs can be submitted."""
+    try:
+        ask(head, "jobs/")
+    except OSError:
+        return False
+    return True
+
+
 def submit(head: dict[str, str], job: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        RAY,
-        "job",
-        "submit",
-        "--submission-id",
-        job,
-        "--working-dir",
-        ".",
-        "--",
-        sys.executable,
-        "-m",
-        "nft_ray",
-    ]
-    command += ["train", "configs/quickstart.yaml"]
-    for setting in [*SMALL, f"run.name={job}", *settings]:
-        command += ["--set", setting]
+    command = [RAY, "job", "submit", "--submission-id", job, "--working-dir", "."]
+    small = [*SMALL, few_lines(Path(head["HOME"])), "sampler.num_workers=1", f"run.name={job}"]
+    command += ["--", sys.executable, "-m", "nft_ray", "train", "configs/quickstart.yaml", *sets(*small, *settings)]
     return subprocess.run(command, cwd=REPO, env=head, capture_output=True, text=True, timeout=400, check=False)
 
 
-def status(head: dict[str, str], job: str) -> str:
-    """SUCCEEDED, FAILED, ... as the cluster's own REST interface says."""
-    request = urllib.request.Request(f"{head['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}")
+def ask(head: dict[str, str], path: str) -> Any:
+    """What the cluster's own REST interface says."""
+    request = urllib.request.Request(f"{head['RAY_API_SERVER_ADDRESS']}/api/{path}")
     if "RAY_AUTH_TOKEN_PATH" in head:
         request.add_header("Authorization", f"Bearer {Path(head['RAY_AUTH_TOKEN_PATH']).read_text()}")
     with urllib.request.urlopen(request, timeout=30) as answer:
-        return str(json.load(answer)["status"])
+        return json.load(answer)
+
+
+def status(head: dict[str, str], job: str) -> str:
+    """SUCCEEDED, FAILED, ..."""
+    return str(ask(head, f"jobs/{job}")["status"])
 
 
 def applications(head: dict[str, str]) -> list[str]:
-    """Serve applications that run on the cluster, asked of its own dashboard."""
-    script = (
-        "import json, ray; from ray import serve; ray.init(address='auto', log_to_driver=False);"
-        "print(json.dumps(list(serve.status().applications)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], env=head, capture_output=True, text=True, check=True)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    """Serve applications that run on the cluster."""
+    return list(ask(head, "serve/applications/")["applications"])
 
 
 def test_a_job_succeeds_and_its_run_can_be_found(head: dict[str, str]) -> None:
@@ -109,10 +100,11 @@ def test_a_job_succeeds_and_its_run_can_be_found(head: dict[str, str]) -> None:
     assert applications(head) == []
 
 
+@pytest.mark.parametrize("head", ["with a token"], indirect=True)
 def test_a_job_that_fails_says_why_in_its_last_line_and_deletes_what_it_deployed(head: dict[str, str]) -> None:
     prompts = Path(head["HOME"]) / "no_tags.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"a photo of {i} things"}) + "\n" for i in range(8)))
-    failed = submit(head, "bad", f"prompts.train={prompts}")
+    failed = submit(head, "bad", NO_MLFLOW, f"prompts.train={prompts}")
     assert failed.returncode != 0
     assert status(head, "bad") == "FAILED"
     logs = subprocess.run([RAY, "job", "logs", "bad"], env=head, capture_output=True, text=True, check=False).stdout

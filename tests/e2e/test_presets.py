@@ -5,12 +5,6 @@ and stages are the preset's own. In one process all of them; SD3.5 and FLUX also
 """
 
 import json
-import os
-import secrets
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +15,10 @@ from safetensors.numpy import load_file
 
 from nft_ray.cli.main import main
 from nft_ray.prompts.sets import PACKAGED
+from tests.command_line import NO_MLFLOW, REPO, nft_ray, sets
+from tests.conftest import LocalRay
 from tests.models.tiny import TOKENS, tiny_model
 
-REPO = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in (REPO / "configs").glob("*.yaml") if path.stem.startswith(("sd3", "flux")))
 STAND_INS = {
     "pickscore": "jpeg_compressibility",
@@ -32,12 +27,6 @@ STAND_INS = {
 }
 KINDS = {"sd3": "sd35_medium", "flux": "flux_dev"}
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny pipelines are."""
-    return tmp_path_factory.mktemp("tiny")
 
 
 def rewards_here(sections: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +45,7 @@ def small_prompts(section: dict[str, Any], folder: Path) -> dict[str, Any]:
     train = "shapes/train" if name == "geneval" else f"small/{name}"
     source = PACKAGED[train]
     test = folder / f"{name}{source.suffix}"
-    test.write_text("".join(source.read_text().splitlines(keepends=True)[:6]))
+    test.write_text("".join(source.read_text().splitlines(keepends=True)[:3]))
     return section | {"train": train, "test": str(test)}
 
 
@@ -81,11 +70,11 @@ def experiment(name: str, tiny: Path, folder: Path) -> Path:
 
 def settings(runs: Path, *, compiled: bool = False) -> list[str]:
     """One card's placement, on CPUs; compiling takes them longer than the run."""
-    chosen = ["cluster=one_gpu", f"run.root={runs}", "tracking.uri=file:///dev/null/x"]
+    chosen = ["cluster=one_gpu", f"run.root={runs}", NO_MLFLOW]
     for role in ("sampler", "learner"):
         chosen += [f"{role}.num_gpus=0", f"{role}.num_cpus=0.4", f"{role}.num_threads=1", f"{role}.micro_batch_size=6"]
         chosen += [] if compiled else [f"{role}.compile=false"]
-    return [part for setting in chosen for part in ("--set", setting)]
+    return sets(*chosen)
 
 
 def check_run(run: Path, num_epochs: int) -> None:
@@ -101,38 +90,37 @@ def check_run(run: Path, num_epochs: int) -> None:
     assert (run / "summary.json").is_file()
 
 
+def train_here(experiment: Path, runs: Path, capsys: pytest.CaptureFixture[str], *, compiled: bool = False) -> None:
+    status = main(["train", str(experiment), "--local", *settings(runs, compiled=compiled)])
+    assert status == 0, capsys.readouterr().err
+    check_run(runs / experiment.stem, 5 if experiment.stem == "sd3_staged" else 2)
+
+
+@pytest.fixture(autouse=True)
+def no_runs_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NFT_RAY_RUNS", raising=False)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_in_one_process(
-    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("NFT_RAY_RUNS", raising=False)
-    path = experiment(name, tiny, tmp_path)
-    compiled = name in ("sd3_ocr", "flux_pickscore")  # one per architecture, as it is shipped: parked in turns, too
-    status = main(["train", str(path), "--local", *settings(tmp_path / "runs", compiled=compiled)])
-    assert status == 0, capsys.readouterr().err
-    check_run(tmp_path / "runs" / name, 5 if name == "sd3_staged" else 2)
+    train_here(experiment(name, tiny_folder, tmp_path), tmp_path / "runs", capsys)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["sd3_ocr", "flux_pickscore"])
+def test_a_preset_trains_compiled_as_it_is_shipped(
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One per architecture; parked in turns, too. In tests/cores nano-sd3 is compiled in every `make test`."""
+    train_here(experiment(name, tiny_folder, tmp_path), tmp_path / "runs", capsys, compiled=True)
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["sd3_pickscore", "flux_pickscore"])
-def test_a_preset_trains_through_ray(name: str, tiny: Path, tmp_path: Path) -> None:
-    home = tempfile.mkdtemp(prefix="nr-", dir="/tmp")  # Ray's socket paths have a limit
-    Path(home, "token").write_text(secrets.token_hex(32))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "NFT_RAY_RUNS"))}
-    environment |= {"RAY_AUTH_TOKEN_PATH": f"{home}/token", "RAY_TMPDIR": home, "HOME": home, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "nft_ray", "train", str(experiment(name, tiny, tmp_path))]
-    try:
-        done = subprocess.run(
-            [*command, *settings(tmp_path / "runs")],
-            cwd=REPO,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+def test_a_preset_trains_through_ray(name: str, tiny_folder: Path, tmp_path: Path, local_ray: LocalRay) -> None:
+    command = ["train", str(experiment(name, tiny_folder, tmp_path)), *settings(tmp_path / "runs")]
+    done = nft_ray(*command, runs=tmp_path / "runs", ray=local_ray.environment)
     assert done.returncode == 0, done.stderr
-    assert "Ray dashboard: http://127.0.0.1:" in done.stdout
     check_run(tmp_path / "runs" / name, 2)

@@ -1,7 +1,6 @@
 """A run in stages through the command line: other prompts and rewards, one policy; killed and resumed, no other bit."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from nft_ray.prompts.sets import PACKAGED
+from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL
 
-REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 STAGES = (
     "stages=["
@@ -23,13 +22,11 @@ STAGES = (
 )
 
 
-def command(name: str) -> list[str]:
-    parts = [sys.executable, "-m", "nft_ray", "train", str(QUICKSTART), "--local"]
+def command(experiment: Path, name: str) -> list[str]:
     small = [setting for setting in SMALL if not setting.startswith("run.num_epochs")]
     file = {"run.max_staleness": 1, "run.checkpoint_every": 1, "run.name": name, "evaluation.picture_lines": "[0, 1]"}
-    for setting in [*small, *(f"{key}={value}" for key, value in file.items()), STAGES]:
-        parts += ["--set", setting]
-    return parts
+    settings = [*small, *(f"{key}={value}" for key, value in file.items()), NO_MLFLOW, STAGES]
+    return ["train", str(experiment), "--local", *sets(*settings)]
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +40,12 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(experiment: Path, runs: Path, name: str) -> subprocess.Popen[str]:
-    arguments = [str(experiment) if part == str(QUICKSTART) else part for part in command(name)]
-    environment = os.environ | {"NFT_RAY_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(arguments, cwd=REPO, env=environment, text=True, **pipes)
-
-
 def test_killed_in_its_second_stage_it_goes_on_there(experiment: Path, tmp_path: Path) -> None:
-    straight = start(experiment, tmp_path, "straight")
-    shown, errors = straight.communicate(timeout=300)
-    assert straight.returncode == 0, errors
-    killed = start(experiment, tmp_path, "killed")
+    straight = nft_ray_here(*command(experiment, "straight"), runs=tmp_path)
+    assert straight.returncode == 0, straight.stderr
+    arguments = [sys.executable, "-m", "nft_ray", *command(experiment, "killed")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    killed = subprocess.Popen(arguments, cwd=REPO, env=environment(tmp_path), text=True, **pipes)
     deadline = time.monotonic() + 200
     while not (tmp_path / "killed/checkpoints/epoch-000003/state.json").exists():
         assert killed.poll() is None, killed.communicate()[1]
@@ -63,9 +54,9 @@ def test_killed_in_its_second_stage_it_goes_on_there(experiment: Path, tmp_path:
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    resumed = start(experiment, tmp_path, "killed")
-    shown_again, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, errors
+    resumed = nft_ray_here(*command(experiment, "killed"), runs=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    shown, shown_again = straight.stdout, resumed.stdout
 
     assert [line for line in shown.splitlines() if line.startswith("stage ") and "epochs " in line][:2] == [
         "stage small-files: epochs 1 to 2",

@@ -7,6 +7,8 @@ Widths are a few dozen, text encoders have 2 layers; tokenizers know every lette
 milliseconds. Weights are random but not small: prompts and LoRAs change the image visibly.
 """
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +54,19 @@ def tiny_model(kind: str, folder: Path, **changes: Any) -> ModelConfig:
     if not (path / "model_index.json").is_file():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            make().save_pretrained(str(path))
+            _save(make(), path)
     settings = {"height": 32, "width": 32, "max_sequence_length": 0 if kind == "sd3_without_t5" else TOKENS}
     return ModelConfig(family=family, path=str(path), **(settings | changes))
+
+
+def _save(pipeline: Any, path: Path) -> None:
+    """Whole or not at all: two test processes may want it at once, and make the same."""
+    unfinished = path.with_name(f"{path.name}-{os.getpid()}")
+    pipeline.save_pretrained(str(unfinished))
+    try:
+        unfinished.rename(path)
+    except OSError:  # the other process was faster
+        shutil.rmtree(unfinished)
 
 
 def _sd3(*, dual_attention: int = 0, qk_norm: str | None = None, t5: bool = True) -> StableDiffusion3Pipeline:

@@ -114,7 +114,7 @@ def test_code_in_the_file_is_not_run(tmp_path: Path) -> None:
         load_reward("aesthetic", {"weights": str(tmp_path)})
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size(tmp_path: Path) -> None:
     with TemporaryDirectory(dir=tmp_path) as root:  # 2 GB, which pytest would keep
         write_clip(Path(root) / MODEL, CLIP_L)

@@ -44,7 +44,7 @@ def test_is_the_models_own_logit_over_100(
     assert np.ptp(expected) > 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size(tmp_path: Path) -> None:
     with TemporaryDirectory(dir=tmp_path) as root:  # 2 GB, which pytest would keep
         write_clip(Path(root) / MODEL, CLIP_L)

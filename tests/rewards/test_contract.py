@@ -92,7 +92,7 @@ def test_a_section_is_checked_by_the_rewards_own_config(name: str) -> None:
         reward_config(name, SECTIONS.get(name, {}) | {"wieght": 1.0})
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is not None, reason="this is that environment")
 def test_rewards_that_need_open_clip_keep_the_contract_where_it_is() -> None:
     said = make_env.run_tests("openclip", "tests/rewards/test_contract.py", "-k", "hpsv2")

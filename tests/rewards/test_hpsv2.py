@@ -1,12 +1,14 @@
 """HPSv2.1: our scores against the published package's, on the same checkpoint file of random weights.
 
-The tests that need open_clip run where it is installed; elsewhere the last two run them in .envs/openclip.
+The tests that need open_clip run where it is installed; elsewhere the last two run them in .envs/openclip
+(`make test-all`), and one runs everywhere, with a stand-in for open_clip.
 """
 
 import importlib.util
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +20,9 @@ import torch
 
 from nft_ray.rewards.base import load_reward
 from nft_ray.rewards.hpsv2 import ARCHITECTURE, CHECKPOINT, Config, HpsV2
+from nft_ray.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from tests.oracles import make_env
+from tests.rewards import stand_in_open_clip
 from tests.rewards.clip_files import random_images
 
 FILE = "tests/rewards/test_hpsv2.py"
@@ -73,6 +77,27 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reward(weights: Path) -> HpsV2:
     return HpsV2(Config(weights=str(weights), micro_batch_size=3), SMALL)
+
+
+def test_is_the_cosine_of_image_and_prompt_with_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", stand_in_open_clip.stand_in())
+    state, small = stand_in_open_clip.weights(), stand_in_open_clip.SMALL
+    (tmp_path / CHECKPOINT).parent.mkdir(parents=True)
+    torch.save({"state_dict": state}, tmp_path / CHECKPOINT)
+    images = random_images(4, 28, 28)
+    scores = HpsV2(Config(weights=str(tmp_path), micro_batch_size=3), small).score(images, PROMPTS, [{}] * 4).values
+    model = stand_in_open_clip.CLIP(**small)  # type: ignore[arg-type]
+    model.load_state_dict(state)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    texts = model.encode_text(stand_in_open_clip.tokenizer(PROMPTS))
+    expected = torch.cosine_similarity(model.encode_image(pixels), texts).detach().numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert np.ptp(expected) > 0.01
+    del state["visual.bias"]
+    torch.save({"state_dict": state}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=r"is not the published checkpoint: keys 1 missing \(visual\.bias\)$"):
+        HpsV2(Config(weights=str(tmp_path)), small)
 
 
 @needs_open_clip
@@ -184,7 +209,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @needs_open_clip
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_is_what_the_published_package_scores(tmp_path: Path) -> None:
     from open_clip import get_model_config
 
@@ -202,13 +227,13 @@ def test_without_open_clip_one_line_names_the_extra(tmp_path: Path) -> None:
         load_reward("hpsv2", {"weights": str(tmp_path)})
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
 def test_in_the_environment_with_open_clip() -> None:
-    assert "11 passed" in make_env.run_tests("openclip", FILE)
+    assert "12 passed" in make_env.run_tests("openclip", FILE)
 
 
 @pytest.mark.skipif(has_open_clip, reason="open_clip is installed here")
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_in_the_environment_with_open_clip() -> None:
-    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "slow")
+    assert "1 passed" in make_env.run_tests("openclip", FILE, "-m", "large")

@@ -305,7 +305,7 @@ def test_the_keys_written_here_are_those_that_the_published_package_saves(
     assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in ours.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_in_the_published_file_format(tmp_path: Path) -> None:
     words = [*WORDS, *(f"[unused{index}]" for index in range(30522 - len(WORDS)))]
     write_text_files(tmp_path, words)

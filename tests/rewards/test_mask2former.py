@@ -406,7 +406,7 @@ def test_the_whole_reward_asks_for_what_the_detector_sees(folder: Path) -> None:
     assert scores.details["strict"].tolist() == [1.0, 0.0] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size_swin_small(tmp_path: Path) -> None:
     write_model(tmp_path, PUBLISHED_SWIN, {}, 384)
     one = detector(tmp_path, micro_batch_size=2)

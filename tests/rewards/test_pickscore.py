@@ -201,7 +201,7 @@ def test_importing_the_modules_imports_no_model_library() -> None:
     assert not {"torch", "transformers", "safetensors", "ray"} & set(modules)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_real_size(tmp_path: Path) -> None:
     with TemporaryDirectory(dir=tmp_path) as root:  # 4 GB, which pytest would keep
         write_clip(Path(root) / MODEL, CLIP_H)

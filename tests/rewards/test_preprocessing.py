@@ -121,7 +121,7 @@ def test_a_gpu_makes_what_the_cpu_makes(transform: Callable[..., torch.Tensor]) 
     torch.testing.assert_close(on_gpu.cpu(), transform(batch, 224), atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_in_the_environment_with_open_clip() -> None:
     if importlib.util.find_spec("open_clip"):
         pytest.skip("this is an environment with open_clip")

@@ -101,7 +101,7 @@ def test_the_base_is_half_good(packaged: StableDiffusion3Pipeline) -> None:
     assert 0.37 <= accuracy["all"] <= 0.73
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_base_is_half_good_on_every_line_and_guidance_helps(packaged: StableDiffusion3Pipeline) -> None:
     plain = pretrain.strict_accuracy(packaged, LINES, strict, guidance=1.0)
     guided = pretrain.strict_accuracy(packaged, LINES, strict, guidance=pretrain.GUIDANCE)
