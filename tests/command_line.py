@@ -5,6 +5,7 @@ import io
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,24 @@ from nft_ray.cli.main import main
 
 REPO = Path(__file__).parents[1]
 NO_MLFLOW = "tracking.uri=file:///dev/null/x"
+
+KILLED = """
+import importlib, os, signal, sys
+from nft_ray.cli.main import main
+
+module, name, method, times = sys.argv[1:5]
+owner, returned = getattr(importlib.import_module(module), name), []
+original = getattr(owner, method)
+
+def call(*args, **kwargs):
+    original(*args, **kwargs)
+    returned.append(1)
+    if len(returned) == int(times):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(owner, method, call)
+main(sys.argv[5:])
+"""
 
 
 def sets(*settings: str) -> list[str]:
@@ -54,6 +73,15 @@ def nft_ray_here(*arguments: str, runs: Path) -> subprocess.CompletedProcess[str
     ):
         status = main(arguments)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def killed_after(owner: type, method: str, times: int, *arguments: str, runs: Path) -> None:
+    """`nft-ray ...` in a process that is killed, as the kernel would, once this method has returned so many times."""
+    killer = [sys.executable, "-c", KILLED, owner.__module__, owner.__name__, method, str(times)]
+    done = subprocess.run(
+        [*killer, *arguments], cwd=REPO, env=environment(runs), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 
 @contextlib.contextmanager

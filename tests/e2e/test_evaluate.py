@@ -1,21 +1,18 @@
 """A trained run evaluated again gives its own figures to the bit; killed and resumed, the same file to the byte."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray, nft_ray_here, sets
+from nft_ray.evaluation.results import EvaluationFolder
+from tests.command_line import NO_MLFLOW, killed_after, nft_ray, nft_ray_here, sets
 from tests.conftest import LocalRay
 from tests.examples import QUICKSTART, SMALL, few_lines
 
 pytestmark = pytest.mark.slow
-NUM_LINES, BATCH = 240, 24
+NUM_LINES, BATCH = 48, 8
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(runs: Path, verb: str, *arguments: str) -> list[str]:
-    settings = [*SMALL, "run.name=short", few_lines(runs, every=2), f"evaluation.batch_size={BATCH}", NO_MLFLOW]
+    settings = [*SMALL, "run.name=short", few_lines(runs), f"evaluation.batch_size={BATCH}", NO_MLFLOW]
     return [verb, str(QUICKSTART), *sets(*settings), *arguments]
 
 
@@ -90,21 +87,12 @@ def test_killed_in_one_process_and_resumed_on_two_samplers_it_is_the_same_file(
 ) -> None:
     """The run's folder stands for its newest checkpoint, whose EMA is what was exported."""
     arguments = ("--lora", str(short_run), "--output", str(tmp_path))
-    local = [sys.executable, "-m", "nft_ray", *command(runs, "evaluate", "--local", *arguments)]
-    process = subprocess.Popen(local, cwd=REPO, env=environment(runs))
-    deadline = time.monotonic() + 200
-    results = tmp_path / "results.jsonl"
-    while not results.exists() or not results.stat().st_size:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was finished before it was killed"
-    kept = len(results.read_text().splitlines())
-    assert 0 < kept < NUM_LINES
+    local = command(runs, "evaluate", "--local", *arguments)
+    killed_after(EvaluationFolder, "append", 2, *local, runs=runs)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 * BATCH
     done = nft_ray(*command(runs, "evaluate", *arguments), runs=runs, ray=local_ray.environment)
     assert done.returncode == 0, done.stderr
-    assert f"going on: {kept - kept % BATCH} of {NUM_LINES} lines" in done.stdout
+    assert f"going on: {2 * BATCH} of {NUM_LINES} lines" in done.stdout
     assert "starting 2 samplers\n" in done.stdout
     for name in ("results.jsonl", "summary.json", "contact_sheet.png"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), name

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def train(runs: Path, name: str, *settings: str) -> list[str]:
 def policy(run: Path, epoch: int) -> dict[str, bytes]:
     weights = load_file(run / "checkpoints" / f"epoch-{epoch:06d}" / "ema.safetensors")
     return {name: value.tobytes() for name, value in weights.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_deployed(local_ray: LocalRay) -> Iterator[None]:
+    """What a test that fails leaves deployed would fail the next one, too."""
+    from ray import serve
+
+    from deployments.plane import delete
+
+    yield
+    delete(list(serve.status().applications))
 
 
 def replica_pids(ray: LocalRay) -> list[int]:
@@ -121,7 +133,10 @@ def test_rewards_without_a_run(tmp_path: Path, local_ray: LocalRay) -> None:
     answer = requests.post(f"http://127.0.0.1:{port}/geneval", json=body, timeout=60)
     assert answer.json()["scores"] == [0.0]
     bad = requests.post(f"http://127.0.0.1:{port}/geneval", json=body | {"metadata": [{}]}, timeout=60)
-    assert (bad.status_code, bad.json()["error"]) == (400, "not GenEval metadata: metadata.tag: missing")
+    assert (bad.status_code, bad.json()["error"]) == (
+        400,
+        "reward geneval: not GenEval metadata: metadata.tag: missing",
+    )
     arguments = ["score", "--reward", "geneval", "--metadata", json.dumps(line), str(tmp_path / "image.png")]
     scored = rewards(local_ray, *arguments, "--address", local_ray.environment["RAY_ADDRESS"])
     assert json.loads(scored.stdout.splitlines()[-1])["score"] == 0.0, scored.stderr

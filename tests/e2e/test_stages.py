@@ -1,17 +1,14 @@
 """A run in stages through the command line: other prompts and rewards, one policy; killed and resumed, no other bit."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
 from nft_ray.prompts.sets import PACKAGED
-from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray_here, sets
+from nft_ray.runs.checkpoint import RunFolder
+from tests.command_line import NO_MLFLOW, killed_after, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL
 
 pytestmark = pytest.mark.slow
@@ -43,17 +40,9 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_in_its_second_stage_it_goes_on_there(experiment: Path, tmp_path: Path) -> None:
     straight = nft_ray_here(*command(experiment, "straight"), runs=tmp_path)
     assert straight.returncode == 0, straight.stderr
-    arguments = [sys.executable, "-m", "nft_ray", *command(experiment, "killed")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    killed = subprocess.Popen(arguments, cwd=REPO, env=environment(tmp_path), text=True, **pipes)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed/checkpoints/epoch-000003/state.json").exists():
-        assert killed.poll() is None, killed.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    killed_after(RunFolder, "save", 3, *command(experiment, "killed"), runs=tmp_path)
+    saved = tmp_path / "killed" / "checkpoints"
+    assert max(path.name for path in saved.iterdir()) == "epoch-000003"
     resumed = nft_ray_here(*command(experiment, "killed"), runs=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     shown, shown_again = straight.stdout, resumed.stdout
