@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         for name in serve.status().applications:  # or every file after this one would fail, too
             serve.delete(name)
         pytest.fail(f"{request.node.name} leaves on the shared Ray: {found}")
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.large)])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiles: one that only traces, which is where ours can be wrong, or torch's own, which takes a minute."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
 
 
 def free_port() -> int:

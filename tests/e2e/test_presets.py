@@ -108,12 +108,11 @@ def test_a_preset_trains_in_one_process(
     train_here(experiment(name, tiny_folder, tmp_path), tmp_path / "runs", capsys)
 
 
-@pytest.mark.large
-@pytest.mark.parametrize("name", ["sd3_ocr", "flux_pickscore"])
+@pytest.mark.parametrize("name", [pytest.param("sd3_ocr", marks=pytest.mark.large), "flux_pickscore"])
 def test_a_preset_trains_compiled_as_it_is_shipped(
-    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, compiler: None, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One per architecture; parked in turns, too. In tests/cores nano-sd3 is compiled in every `make test`."""
+    """One per architecture; parked in turns, too. Of SD3, nano-sd3 is compiled in tests/cores."""
     train_here(experiment(name, tiny_folder, tmp_path), tmp_path / "runs", capsys, compiled=True)
 
 
