@@ -43,7 +43,8 @@ MemoryGib = Annotated[
 class Scores:
     """What a reward says about B images.
 
-    values: f32 (B,), higher is better, NaN = missing; details: name -> f32 (B,), measured beside it.
+    values: f32 (B,), higher is better, finite or NaN = missing; details: name -> the same, measured beside it. Other
+    real numbers become float32 on their way (`check_scores`): a reward need not think of that.
     """
 
     values: np.ndarray
@@ -190,10 +191,16 @@ def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[M
 def check_scores(scores: Scores, num_images: int) -> Scores:
     """What a reward returned as float32 (B,) arrays; other real numbers are converted: NumPy makes float64 of a float.
 
-    ValueError, without the reward's name, where there is not one such number per image.
+    ValueError, without the reward's name, where there is not one such number per image, finite or NaN = missing.
     """
     if not isinstance(scores, Scores):
         raise ValueError(f"returned a {type(scores).__name__}; return nft_ray.rewards.base.Scores")
+    rule = "return a dict: name (str) -> float32 (B,)"
+    if not isinstance(scores.details, dict):
+        raise ValueError(f"returned details as a {type(scores.details).__name__}; {rule}")
+    for name in scores.details:
+        if not isinstance(name, str):
+            raise ValueError(f"returned a detail named {name!r}; {rule}")
     return Scores(
         values=_column("values", scores.values, num_images),
         details={
@@ -211,9 +218,11 @@ def _column(what: str, array: np.ndarray, num_images: int) -> np.ndarray:
         raise ValueError(f"returned {found} for {num_images} images; {rule}")
     if not np.can_cast(array.dtype, np.float32, "same_kind"):
         raise ValueError(f"returned {what} of dtype {array.dtype}; {rule}")
+    if (infinite := array[np.isinf(array)]).size:
+        raise ValueError(f"returned {what} that hold {infinite[0]}; each must be finite, or NaN for missing")
     with np.errstate(over="ignore"):
         column = array.astype(np.float32, copy=False)
-    beyond = np.isfinite(array) & np.isinf(column)
+    beyond = np.isinf(column)
     if beyond.any():
         raise ValueError(f"returned {what} beyond float32 (up to {np.abs(array[beyond]).max():g}); {rule}")
     return column

@@ -107,6 +107,8 @@ class Saying:
 
 THREE, FOUR = np.zeros(3, np.float32), np.zeros(4, np.float32)
 RULE = r"; return float32 \(B,\)"
+FINITE = "; each must be finite, or NaN for missing"
+DETAILS = r"; return a dict: name \(str\) -> float32 \(B,\)"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,14 @@ RULE = r"; return float32 \(B,\)"
         (Scores(values=np.array([0.0, None, 0, 0])), "returned values of dtype object" + RULE),
         (Scores(values=FOUR.astype(complex)), "returned values of dtype complex128" + RULE),
         (Scores(values=np.array([0, 1e39, 0, 0])), r"returned values beyond float32 \(up to 1e\+39\)" + RULE),
+        (Scores(values=np.array([0, np.inf, 0, np.nan])), "returned values that hold inf" + FINITE),
+        (
+            Scores(values=FOUR, details={"exact": np.array([0, -np.inf, np.inf, 0])}),
+            "returned values of the detail 'exact' that hold -inf" + FINITE,
+        ),
+        (Scores(values=FOUR, details=None), "returned details as a NoneType" + DETAILS),  # type: ignore[arg-type]
+        (Scores(values=FOUR, details=[FOUR]), "returned details as a list" + DETAILS),  # type: ignore[arg-type]
+        (Scores(values=FOUR, details={1: FOUR}), "returned a detail named 1" + DETAILS),  # type: ignore[dict-item]
         (FOUR, "returned a ndarray; return nft_ray.rewards.base.Scores"),
         (ValueError("prompt 0 has no tag"), "prompt 0 has no tag"),
     ],
