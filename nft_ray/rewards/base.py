@@ -52,12 +52,15 @@ class Scores:
 
 
 class Reward(Protocol):
-    """Scores images, each one on its own: a batch gives the same scores as its images one by one, in the same order."""
+    """Scores images, each one on its own: a batch gives the same scores as its images one by one, in the same order.
+
+    It is always asked through `unique.Unique`, which checks what goes in and what comes out.
+    """
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """images uint8 (B, H, W, 3); prompts and metadata: one per image.
 
-        Raises ValueError where the input is not that, or the metadata lacks what this reward needs.
+        Raises ValueError where the metadata lacks what this reward needs.
         """
         ...
 

@@ -162,3 +162,26 @@ def test_a_missing_score_is_no_mistake_and_other_errors_are_not_the_users() -> N
     for error in (ConnectionError("away"), UnicodeError("of the world")):
         with pytest.raises(type(error), match=f"^{error}$"):
             Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((1, 8, 8, 3)),
+        np.zeros((1, 3, 8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((1, 0, 8, 3), np.uint8),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_before_the_reward_is_asked(bad: np.ndarray) -> None:
+    reward = Counting()
+    with pytest.raises(ValueError, match=r"^reward mine: images must be uint8 \(B, H, W, 3\)"):
+        Unique("mine", reward).score(bad, ["a"], [{}])
+    assert reward.asked == []
+
+
+def test_one_prompt_and_one_metadata_per_image() -> None:
+    reward = Counting()
+    with pytest.raises(ValueError, match="reward mine: 2 images need one prompt and one metadata each, not 2 and 1"):
+        Unique("mine", reward).score(images(1, 2), ["a", "a"], [{}])
+    assert reward.asked == []
