@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from nft_ray.models.lora_files import DIFFUSERS, PEFT_CONFIG
+from nft_ray.models.lora_files import DIFFUSERS, PEFT_CONFIG, refuse_published, run_checkpoints
 from nft_ray.runs.checkpoint import whole_checkpoints
-
-SHOWN = 8
 
 
 def find_source(name: str) -> str | Path:
@@ -17,23 +15,11 @@ def find_source(name: str) -> str | Path:
     path = Path(name).expanduser()
     if any((path / file).is_file() for file in (DIFFUSERS, PEFT_CONFIG)):
         return name
-    if published := _published(path) or _published(path / "checkpoints"):
-        shown = ["..."] * (len(published) > SHOWN) + [folder.name for folder in published[-SHOWN:]]
-        raise ValueError(
-            f"LoRA {name}: holds checkpoints of the published code ({', '.join(shown)}); name one, the newest is "
-            f"{published[-1]}"
-        )
-    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    if not path.is_dir() or path.name != "checkpoints":
+    refuse_published(name)
+    folder = run_checkpoints(name)
+    if folder is None:
         return name
-    whole = whole_checkpoints(path)
+    whole = whole_checkpoints(folder)
     if not whole:
         raise ValueError(f"LoRA {name}: no checkpoint is there yet")
     return whole[-1]
-
-
-def _published(folder: Path) -> list[Path]:
-    """FOLDER/checkpoint-30, ...: by their numbers."""
-    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, number in found.items() if number.isdigit()), key=lambda path: int(found[path]))
