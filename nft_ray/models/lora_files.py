@@ -3,7 +3,7 @@
 pytorch_lora_weights.safetensors (or another .safetensors file)   diffusers; alpha and targets in its metadata
 adapter_config.json + adapter_model.safetensors                   peft, as the published code writes them; one file of
                                                                   another name will do
-checkpoint-N/lora/...                                             the published layout, one folder up
+checkpoint-N/lora/..., RUN/lora/...                                the published layout, our finished run: one folder up
 state.json + ema.safetensors                                      our own checkpoint: the EMA policy
 
 A file is read with what stands beside it, however it was named: its alpha is not in its tensors.
