@@ -106,7 +106,7 @@ def test_a_url_that_dies_in_the_middle_costs_no_image_and_is_left_alone() -> Non
         scores = ask([dying.url, living.url], images, max_concurrency=4)
     assert scores.values.tolist() == expected(images)
     assert 6 <= len(dying.bodies) < 20  # its half, were it not left alone
-    assert len(living.bodies) == 40 - 5
+    assert 40 - 5 <= len(living.bodies) <= 40 - 5 + 3  # three others may have been under way when it died
 
 
 def test_a_url_that_comes_back_is_asked_again() -> None:
