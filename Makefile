@@ -34,11 +34,13 @@ test: setup ## what must hold before a change lands, about 8 minutes (tests/READ
 test-all: oracles ## and what is at real size or needs an oracle's environment, about 30 minutes
 	$(BIN)/python -m pytest -m "" -W ignore $(ARGS)
 
-check: setup ## style, format, types, who imports whom (the contracts in pyproject.toml)
+check: setup ## style, format, types, length, who imports whom (the contracts in pyproject.toml)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	@git ls-files -co --exclude-standard '*.py' | xargs wc -l | \
+		awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines, at most 400: split it by nouns"; long = 1 } END { exit long }'
 
 docker-check: ## the image's install steps in a clean root, without Docker (needs root and debootstrap)
 	docker/check.sh

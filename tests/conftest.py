@@ -32,7 +32,7 @@ TOGETHER = {
         "actors/test_colocation.py",
         "actors/test_downloads.py",
         "deployments/test_plane.py",
-        "deployments/test_sglang_server.py",
+        "deployments/test_sglang_actor.py",
         "e2e/test_evaluate.py",
         "e2e/test_presets.py",
         "e2e/test_rewards.py",

@@ -25,7 +25,16 @@ import numpy as np
 from pydantic import Field
 
 from nft_ray.algorithms.advantages import combine_advantages
-from nft_ray.algorithms.base import Algorithm, AlgorithmConfig, EpochRewards, Needs, PairLoss, Pairs, SampleWeights
+from nft_ray.algorithms.base import (
+    AdvantageConfig,
+    Algorithm,
+    EpochRewards,
+    KLConfig,
+    Needs,
+    PairLoss,
+    Pairs,
+    SampleWeights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +43,7 @@ FLOOR = 1e-10
 """Added to an error before it is raised to a power below 1, whose slope at 0 is infinite. As published."""
 
 
-class Config(AlgorithmConfig):
+class Config(AdvantageConfig, KLConfig):
     name: Literal["awm"] = "awm"
     weighting: Literal["uniform", "t", "t_squared"] = "t"
     """w(t): how much the matching error counts at time t (1 = noise)."""
@@ -58,10 +67,7 @@ class AWM:
     @property
     def needs(self) -> Needs:
         config = self._config
-        return Needs(
-            old=config.clip is not None or config.old_kl_weight > 0,
-            reference=config.kl_fraction if config.kl_weight else 0.0,
-        )
+        return Needs(old=config.clip is not None or config.old_kl_weight > 0, reference=config.reference)
 
     def sample_weights(self, rewards: EpochRewards) -> SampleWeights:
         config = self._config

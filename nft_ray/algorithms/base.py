@@ -2,7 +2,8 @@
 
 An algorithm is ONE module of this package, `nft_ray/algorithms/NAME.py`, that defines
 
-    class Config(AlgorithmConfig)                  its section `algorithm` of the YAML, where `name` is NAME
+    class Config(AlgorithmConfig)                  its section `algorithm` of the YAML, where `name` is NAME;
+                                                   KLConfig and AdvantageConfig are fields that several have
     def build(config: Config) -> Algorithm         what the three planes ask it; see the Protocol
 
 Nothing registers anywhere. A sampler asks what it `needs` of the frozen policies, the driver turns an epoch's rewards
@@ -42,24 +43,39 @@ Decay = Annotated[
 
 
 class AlgorithmConfig(BaseModel):
-    """What the section `algorithm` says, whichever algorithm it names. Its own Config inherits this and adds fields."""
+    """What the learner and the loop read of any algorithm. Its own Config inherits this and adds fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str = "nft"
     """File nft_ray/algorithms/NAME.py."""
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight of the squared velocity difference to the reference; 0 = v_ref is not even computed."""
-    kl_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a sample's times whose v_ref is computed and sent; the rest is weighted up, so the KL stays unbiased."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Advantages are clipped to +- this."""
-    advantage_std: Literal["global", "group"] = "global"
-    """Rewards are divided by the standard deviation of all of the epoch, or of their group."""
     old_policy_decay: Decay = "linear"
     """Decay of the old policy by optimizer steps: a preset, or {flat_steps, rate, max}."""
     ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Largest decay of the EMA policy, which is evaluated and exported."""
+
+
+class KLConfig(AlgorithmConfig):
+    """Of an algorithm whose loss has a KL term to the reference policy."""
+
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of the squared velocity difference to the reference; 0 = v_ref is not even computed."""
+    kl_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a sample's times whose v_ref is computed and sent; the rest is weighted up, so the KL stays unbiased."""
+
+    @property
+    def reference(self) -> float:
+        """`Needs.reference` of the KL term alone."""
+        return self.kl_fraction if self.kl_weight else 0.0
+
+
+class AdvantageConfig(AlgorithmConfig):
+    """Of an algorithm that weighs samples by their advantages (advantages.py), clipped."""
+
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Advantages are clipped to +- this."""
+    advantage_std: Literal["global", "group"] = "global"
+    """Rewards are divided by the standard deviation of all of the epoch, or of their group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

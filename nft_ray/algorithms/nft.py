@@ -20,7 +20,16 @@ import numpy as np
 from pydantic import Field
 
 from nft_ray.algorithms.advantages import combine_advantages
-from nft_ray.algorithms.base import Algorithm, AlgorithmConfig, EpochRewards, Needs, PairLoss, Pairs, SampleWeights
+from nft_ray.algorithms.base import (
+    AdvantageConfig,
+    Algorithm,
+    EpochRewards,
+    KLConfig,
+    Needs,
+    PairLoss,
+    Pairs,
+    SampleWeights,
+)
 from nft_ray.flow.path import x0_from_velocity
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
 
-class Config(AlgorithmConfig):
+class Config(AdvantageConfig, KLConfig):
     name: Literal["nft"] = "nft"
     beta: Annotated[float, Field(gt=0)] = 1.0
     """Strength of the implicit positive and negative policies."""
@@ -48,7 +57,7 @@ class NFT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(old=True, reference=self._config.kl_fraction if self._config.kl_weight else 0.0)
+        return Needs(old=True, reference=self._config.reference)
 
     def sample_weights(self, rewards: EpochRewards) -> SampleWeights:
         import torch

@@ -1,6 +1,7 @@
 """What every algorithm promises, run over every file in nft_ray/algorithms: a new one is picked up by its name."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from nft_ray.algorithms.base import (
     Algorithm,
     EpochRewards,
+    KLConfig,
     Pairs,
     algorithm_names,
     build_algorithm,
@@ -24,8 +26,20 @@ SHAPE = (6, 4, 5, 5)
 NAMES = algorithm_names()
 
 
-def made(name: str, **fields: object) -> Algorithm:
-    return build_algorithm(config_class({"name": name}).model_validate({"name": name, **fields}))
+def sections(name: str) -> list[dict[str, Any]]:
+    """What is tried of it: its defaults, or, where it has a KL term to the reference, without and with that."""
+    own: list[dict[str, Any]] = [{}]
+    if issubclass(config_class({"name": name}), KLConfig):
+        own = [{"kl_weight": 0.0}, {"kl_weight": 0.1, "kl_fraction": 0.5}]
+    return [{"name": name, **fields} for fields in own]
+
+
+SECTIONS = [section for name in NAMES for section in sections(name)]
+each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: "-".join(map(str, section.values())))
+
+
+def made(section: dict[str, Any]) -> Algorithm:
+    return build_algorithm(config_class(section).model_validate(section))
 
 
 def pairs(algorithm: Algorithm, weights: list[float] | None = None, seed: int = 0) -> tuple[torch.Tensor, Pairs]:
@@ -56,12 +70,14 @@ def rewards(values: list[list[float]]) -> EpochRewards:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_section_is_checked_by_its_own_config(name: str) -> None:
-    assert config_class({"name": name})().name == name == made(name).name
-    assert example_config(algorithm={"name": name}).algorithm.name == name
-    with pytest.raises(ValueError, match=r"algorithm\.kl_weigt: unknown key; did you mean kl_weight\?"):
-        example_config(algorithm={"name": name, "kl_weigt": 1})
-    with pytest.raises(ValueError, match=r"algorithm\.kl_weight = -1: "):
-        example_config(algorithm={"name": name, "kl_weight": -1})
+    section = {"name": name}
+    assert config_class(section)().name == name == made(section).name
+    assert example_config(algorithm=section).algorithm.name == name
+    with pytest.raises(ValueError, match=r"algorithm\.ema_deccay: unknown key; did you mean ema_decay\?"):
+        example_config(algorithm={**section, "ema_deccay": 1})
+    for field in {"ema_decay", "kl_weight", "advantage_clip"} & config_class(section).model_fields.keys():
+        with pytest.raises(ValueError, match=rf"algorithm\.{field} = -1: "):
+            example_config(algorithm={**section, field: -1})
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -79,11 +95,17 @@ def test_a_stage_may_choose_another(name: str) -> None:
     assert then.algorithm.name == name
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_the_loss_is_one_number_per_pair_whatever_their_neighbours(name: str, kl_weight: float) -> None:
-    algorithm = made(name, kl_weight=kl_weight)
-    assert (algorithm.needs.reference > 0) == (kl_weight > 0)
+@each_section
+def test_the_reference_is_needed_where_its_kl_counts(section: dict[str, Any]) -> None:
+    needs = made(section).needs
+    assert 0 <= needs.reference <= 1
+    if "kl_weight" in section:
+        assert needs.reference == section.get("kl_fraction", 0.0)
+
+
+@each_section
+def test_the_loss_is_one_number_per_pair_whatever_their_neighbours(section: dict[str, Any]) -> None:
+    algorithm = made(section)
     v, batch = pairs(algorithm)
     found = algorithm.loss(v, batch)
     assert len(found.measured) == len(algorithm.measures)
@@ -96,9 +118,9 @@ def test_the_loss_is_one_number_per_pair_whatever_their_neighbours(name: str, kl
         torch.testing.assert_close(algorithm.loss(v[i : i + 1], Pairs(**one)).total, found.total[i : i + 1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_go_to_v_and_to_no_frozen_policy(name: str) -> None:
-    algorithm = made(name, kl_weight=0.1)
+@each_section
+def test_gradients_go_to_v_and_to_no_frozen_policy(section: dict[str, Any]) -> None:
+    algorithm = made(section)
     v, batch = pairs(algorithm)
     frozen = [value for value in (batch.v_old, batch.v_ref) if value is not None]
     for value in frozen:
@@ -111,7 +133,7 @@ def test_gradients_go_to_v_and_to_no_frozen_policy(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_better_sample_weighs_more_and_a_missing_one_is_left_out(name: str) -> None:
-    algorithm = made(name)
+    algorithm = made({"name": name})
     nan = float("nan")
     found = algorithm.sample_weights(rewards([[0.0, 1.0, nan, 0.5], [3.0, 3.0, 3.0, 3.0]]))
     assert found.values.dtype == np.float32
@@ -128,7 +150,7 @@ def test_a_better_sample_weighs_more_and_a_missing_one_is_left_out(name: str) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_goes_towards_a_good_image_and_away_from_a_bad_one(name: str) -> None:
     """From v = v_old: descent on the best sample's loss brings v closer to noise - x0, on the worst one's away."""
-    algorithm = made(name, kl_weight=0.0)
+    algorithm = made(sections(name)[0])
     values = algorithm.sample_weights(rewards([[0.0, 1.0]])).values.tolist()
     v, batch = pairs(algorithm, [values[0]] * 3 + [values[1]] * 3)
     algorithm.loss(v, batch).total.sum().backward()
@@ -138,11 +160,10 @@ def test_a_step_goes_towards_a_good_image_and_away_from_a_bad_one(name: str) -> 
     assert (towards[3:] > 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_sampler_and_learner_do_what_it_asks(name: str, kl_weight: float) -> None:
+@each_section
+def test_sampler_and_learner_do_what_it_asks(section: dict[str, Any]) -> None:
     """One group of the real model: what is not needed is not sent, and an update moves the policy."""
-    config = example_config(algorithm={"name": name, "kl_weight": kl_weight, "kl_fraction": 0.5})
+    config = example_config(algorithm=section)
     algorithm = build_algorithm(config.algorithm)
     sampler, learner = SamplerCore(config), LearnerCore(config)
     sampler.load(*next((announced, weights) for announced, weights in learner.adapters() if weights))
@@ -151,7 +172,7 @@ def test_sampler_and_learner_do_what_it_asks(name: str, kl_weight: float) -> Non
     _, _, samples = sampler.rollout(request)
     assert samples is not None
     assert (samples.v_old is not None) == algorithm.needs.old
-    assert (samples.v_ref is not None) == (kl_weight > 0)
+    assert (samples.v_ref is not None) == (algorithm.needs.reference > 0)
     weight = algorithm.sample_weights(rewards([[0.0, 1.0, 0.0, 1.0]])).values
     group = TrainGroup(group_id=0, samples=None, weight=weight, step=np.zeros(4, np.int32))
     before = learner.state()
@@ -161,5 +182,5 @@ def test_sampler_and_learner_do_what_it_asks(name: str, kl_weight: float) -> Non
     assert after is not None
     assert any((after.policy[key] != before.policy[key]).any() for key in before.policy)
     expected = ("loss", "grad_norm", *algorithm.measures)
-    assert {f"{name}/{metric}" for metric in expected} <= result.metrics.keys()
+    assert {f"{algorithm.name}/{metric}" for metric in expected} <= result.metrics.keys()
     assert all(np.isfinite(value) for value in result.metrics.values())

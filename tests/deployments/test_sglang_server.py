@@ -1,13 +1,11 @@
-"""The supervisor against a stand-in for sglang's server (stand_in_sglang.py), first without Ray, then as an actor.
+"""The supervisor against a stand-in for sglang's server (stand_in_sglang.py); as an actor: test_sglang_actor.py.
 
 What is killed here is really killed: the server, its worker, the process that supervises it.
 """
 
-import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,67 +22,10 @@ from pydantic import SecretStr, ValidationError
 
 from deployments.sglang_server import SglangProcess, command, environment, read_api_key
 from nft_ray.rewards.servers import SglangConfig
-from tests.conftest import LocalRay, free_port
+from tests.conftest import free_port
+from tests.deployments.sglang_folder import StandIn, is_alive, until
 
 KEY = "sk-very.secret"
-QUICK = {
-    "health_interval_s": 0.2,
-    "health_timeout_s": 1.0,
-    "health_failures": 2,
-    "backoff_s": 0.05,
-    "stop_timeout_s": 0.3,
-    "start_timeout_s": 20.0,
-}
-
-
-class StandIn:
-    """A folder that holds a package `sglang`, and what its server is told and has written down."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        package = folder / "path" / "sglang"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        shutil.copy(Path(__file__).with_name("stand_in_sglang.py"), package / "launch_server.py")
-        self.set()
-
-    def set(self, **settings: float) -> None:
-        (self.folder / "settings.json").write_text(json.dumps(settings))
-
-    def config(self, **fields: Any) -> SglangConfig:
-        env = {"PYTHONPATH": str(self.folder / "path"), "STAND_IN": str(self.folder)}
-        return SglangConfig(**{"model_path": "some/Model-7B", "python": sys.executable, "env": env, **QUICK, **fields})
-
-    @property
-    def starts(self) -> list[dict[str, Any]]:
-        file = self.folder / "started.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def alive(self) -> list[int]:
-        return [pid for start in self.starts for pid in (start["pid"], start["worker"]) if is_alive(pid)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-    return found
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Iterator[StandIn]:
-    stand_in = StandIn(tmp_path)
-    yield stand_in
-    for pid in stand_in.alive():
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -360,142 +301,3 @@ def test_a_supervisor_that_is_killed_takes_the_server_along(stand_in: StandIn) -
     supervisor.kill()
     supervisor.wait()
     until(lambda: not stand_in.alive())
-
-
-# As a Ray actor
-
-
-@pytest.fixture
-def actor(local_ray: LocalRay, stand_in: StandIn) -> Iterator[Any]:
-    import ray
-
-    from deployments.sglang_server import serve_sglang
-
-    stand_in.set(load_s=0.2)
-    handle = asyncio.run(serve_sglang(stand_in.config(num_gpus=0)))
-    yield handle
-    ray.kill(handle)
-    until(lambda: not stand_in.alive())
-
-
-@pytest.mark.ray
-def test_the_actor_supervises(stand_in: StandIn, actor: Any) -> None:
-    import ray
-
-    assert ray.get(ray.get_actor("sglang-Model-7B", namespace="nft_ray").status.remote()).state == "running"
-    url = ray.get(actor.url.remote())
-    assert requests.get(f"{url}/models", timeout=5).status_code == 200
-    os.kill(stand_in.starts[0]["pid"], signal.SIGKILL)
-    until(lambda: len(stand_in.starts) == 2 and ray.get(actor.status.remote()).state == "running")
-    assert requests.get(f"{url}/models", timeout=5).status_code == 200
-    ray.get(actor.stop.remote())
-    assert stand_in.alive() == []
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
-def test_no_orphan_is_left_however_the_actor_ends(local_ray: LocalRay, stand_in: StandIn, how: str) -> None:
-    import ray
-
-    from deployments.sglang_server import serve_sglang
-
-    actor = asyncio.run(serve_sglang(stand_in.config(num_gpus=0, name=f"sglang-{how}")))
-    assert len(stand_in.alive()) == 2
-    if how == "ray.kill":
-        ray.kill(actor)
-    else:
-        os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-    until(lambda: not stand_in.alive())
-
-
-@pytest.mark.ray
-def test_a_server_that_does_not_start_leaves_no_actor(local_ray: LocalRay, stand_in: StandIn) -> None:
-    import ray
-
-    from deployments.sglang_server import serve_sglang
-
-    stand_in.set(exit_at_once=1)
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        asyncio.run(serve_sglang(stand_in.config(num_gpus=0)))
-    with pytest.raises(ValueError, match="Failed to look up actor"):
-        ray.get_actor("sglang-Model-7B", namespace="nft_ray")
-    assert stand_in.alive() == []
-
-
-@pytest.mark.ray
-def test_gpus_that_the_cluster_lacks(local_ray: LocalRay, stand_in: StandIn) -> None:
-    from deployments.sglang_server import serve_sglang
-
-    config = stand_in.config(data_parallel_size=4, start_timeout_s=1.0)
-    with pytest.raises(RuntimeError, match="waiting for 4 GPUs and 1 CPUs, the cluster has 2 and 2 free; given up"):
-        asyncio.run(serve_sglang(config))
-    assert stand_in.starts == []
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: LocalRay, stand_in: StandIn) -> None:
-    """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted."""
-    import numpy as np
-    from ray import serve
-
-    from deployments.build import deploy
-    from deployments.plane import delete
-    from tests.fakes import fake_config
-
-    server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
-    config = fake_config(
-        rewards={"unified_reward": {"server": server, "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}}
-    )
-    names = asyncio.run(deploy(config))
-    try:
-        images = np.zeros((2, 8, 8, 3), np.uint8)
-        response = serve.get_app_handle(names[0]).score.remote(images, ["a cat", "a dog"], [{}, {}])
-        assert response.result(timeout_s=60).values.tolist() == pytest.approx([0.8, 0.8])  # "Final Score: 4"
-        assert len(stand_in.alive()) == 2
-    finally:
-        delete(names)
-    until(lambda: not stand_in.alive())
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: LocalRay, stand_in: StandIn) -> None:
-    """A job that is killed between the server and the reward leaves a detached actor, which holds GPUs for nobody."""
-    from deployments.build import deploy
-    from deployments.plane import delete, server_name
-    from deployments.sglang_server import serve_sglang
-    from tests.fakes import fake_config
-
-    server = stand_in.config(num_gpus=0, num_cpus=0.1)
-    asyncio.run(serve_sglang(server.model_copy(update={"name": server_name("reward-unified_reward")})))
-    left = stand_in.starts[0]["pid"]
-    section = {"server": server.model_dump(mode="json"), "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}
-    names = asyncio.run(deploy(fake_config(rewards={"unified_reward": section})))
-    try:
-        assert len(stand_in.starts) == 2
-        until(lambda: not is_alive(left))
-    finally:
-        delete(names)
-    until(lambda: not stand_in.alive())
-
-
-@pytest.mark.ray
-def test_a_reward_whose_server_does_not_start_leaves_nothing(local_ray: LocalRay, stand_in: StandIn) -> None:
-    from ray import serve
-
-    from deployments.build import deploy
-    from tests.fakes import fake_config
-
-    stand_in.set(exit_at_once=1)
-    server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        asyncio.run(
-            deploy(
-                fake_config(
-                    rewards={"unified_reward": {"server": server, "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}}
-                )
-            )
-        )
-    assert not serve.status().applications
-    assert stand_in.alive() == []

@@ -1,163 +1,26 @@
-"""Downloads against a server of ours: ranges, cut connections, changed files, wrong sums, a Hub, no network."""
+"""Downloads from a server of ours: ranges, cut connections, changed files, wrong sums. A Hub: test_fetch_hub.py."""
 
 import dataclasses
 import hashlib
 import os
-import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import requests
 
 from nft_ray.downloads import transfer as module
 from nft_ray.downloads.fetch import fetch
 from nft_ray.downloads.published import PublishedFile
 from nft_ray.downloads.transfer import PIECE_BYTES
 from tests.conftest import free_port
+from tests.downloads.misbehaving_site import CONTENT, SHA256, Site, git_sha1, no_leftovers
 
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = "owner/model"
-
-
-def git_sha1(content: bytes) -> str:
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-
-
-@dataclass
-class Site:
-    """What a server holds, how it misbehaves, and what it was asked for."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    headers: dict[str, dict[str, str]] = field(default_factory=dict)
-    """More headers by path, of every answer; `Status` is the status."""
-    redirects: dict[str, str] = field(default_factory=dict)
-    cut_after: list[int] = field(default_factory=list)
-    """The next GETs break after so many bytes each."""
-    statuses: list[int] = field(default_factory=list)
-    """The next GETs are answered by these."""
-    asked: list[tuple[str, str, str | None, str | None, str | None]] = field(default_factory=list)
-    """(method, path, Range, If-Range, Authorization)."""
-    sent: int = 0
-    url: str = ""
-
-
-class Handler(BaseHTTPRequestHandler):
-    site: Site
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        if self.path.startswith("/api/"):  # huggingface_hub asks for a list of its own, now and then
-            return self.head(404, {"Content-Length": "0"})
-        site, wanted = self.site, self.headers.get("Range")
-        authorization, condition = self.headers.get("Authorization"), self.headers.get("If-Range")
-        site.asked.append((self.command, self.path, wanted, condition, authorization))
-        assert self.headers.get("Accept-Encoding") == "identity"
-        more = site.headers.get(self.path, {})
-        if body and site.statuses:
-            return self.head(site.statuses.pop(0), {"Content-Length": "0"})
-        if self.path in site.redirects:
-            return self.head(302, {**more, "Location": site.redirects[self.path], "Content-Length": "0"})
-        if self.path not in site.files:
-            return self.head(404, {"Content-Length": "0", "X-Error-Code": "EntryNotFound"})
-        content = site.files[self.path]
-        start = 0
-        if wanted and condition in (None, more.get("ETag"), more.get("Last-Modified")):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                return self.head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
-            more = {**more, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        piece = content[start:]
-        self.head(206 if start else 200, {**more, "Content-Length": str(len(piece))})
-        if body:
-            cut = site.cut_after.pop(0) if site.cut_after else len(piece)
-            self.wfile.write(piece[:cut])
-            site.sent += min(cut, len(piece))
-            if cut < len(piece):
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
-
-    def head(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    site = Site()
-    handler = type("OurHandler", (Handler,), {"site": site})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        site.url = f"http://127.0.0.1:{server.server_address[1]}"
-        yield site
-        server.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RETRY_S", 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-
-
-@pytest.fixture
-def hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The same server as a Hub: large files lie at another host, as at a CDN; small ones are sent at once."""
-    from huggingface_hub import constants
-
-    set_endpoint(monkeypatch, site.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return site
-
-
-def set_endpoint(patch: pytest.MonkeyPatch, url: str) -> None:
-    """What HF_ENDPOINT does when huggingface_hub is imported."""
-    from huggingface_hub import constants
-
-    patch.setattr(constants, "ENDPOINT", url)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
-def publish(hub: Site, name: str, content: bytes, *, large: bool) -> None:
-    cdn = f"http://localhost:{hub.url.rsplit(':', 1)[1]}"
-    tag = hashlib.sha256(content).hexdigest() if large else git_sha1(content)
-    for revision in ("main", COMMIT):
-        path = f"/{REPOSITORY}/resolve/{revision}/{name}"
-        hub.headers[path] = {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'}
-        if large:
-            hub.headers[path] |= {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(content))}
-            hub.redirects[path] = f"{cdn}/cdn/{name}"
-            hub.files[f"/cdn/{name}"] = content
-        else:
-            hub.files[path] = content
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def direct(site: Site, sha256: str | None = SHA256, etag: str | None = '"one"') -> PublishedFile:
     site.files["/weights.pt"] = CONTENT
     site.headers["/weights.pt"] = {"ETag": etag} if etag else {}
     return PublishedFile(path="direct/weights.pt", url=f"{site.url}/weights.pt", sha256=sha256, mib=1)
-
-
-def no_leftovers(root: Path) -> bool:
-    return not [path for path in root.rglob("*") if ".part" in path.name]
 
 
 # Direct URLs
@@ -338,140 +201,3 @@ def test_progress_is_a_line_now_and_then(site: Site, tmp_path: Path, monkeypatch
     assert [line.split(",")[0] for line in said if "MiB/s" in line] == [
         f"[1/1] direct/weights.pt: {done} of 1 MiB" for done in (0, 0, 1, 1)
     ]
-
-
-# The Hub
-
-
-def test_large_and_small_files_of_the_hub(hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    publish(hub, "model.safetensors", CONTENT, large=True)
-    publish(hub, "sub/config.json", b'{"a": 1}', large=False)
-    files = [PublishedFile(path=f"{REPOSITORY}/{name}") for name in ("model.safetensors", "sub/config.json")]
-    hub.cut_after = [4 * PIECE_BYTES]
-    said: list[str] = []
-    fetch(files, tmp_path, said.append)
-    assert (tmp_path / files[0].path).read_bytes() == CONTENT
-    assert (tmp_path / files[1].path).read_bytes() == b'{"a": 1}'
-    gets = [asked for asked in hub.asked if asked[0] == "GET"]
-    assert [(path, wanted) for _, path, wanted, _, _ in gets] == [
-        (f"/{REPOSITORY}/resolve/{COMMIT}/model.safetensors", None),
-        ("/cdn/model.safetensors", None),
-        (f"/{REPOSITORY}/resolve/{COMMIT}/model.safetensors", f"bytes={4 * PIECE_BYTES}-"),
-        ("/cdn/model.safetensors", f"bytes={4 * PIECE_BYTES}-"),
-        (f"/{REPOSITORY}/resolve/{COMMIT}/sub/config.json", None),
-    ]
-    tokens = {path.startswith("/cdn"): authorization for _, path, _, _, authorization in hub.asked}
-    assert tokens == {True: None, False: "Bearer hf_secret"}
-    assert hub.sent == len(CONTENT) + 8
-    assert no_leftovers(tmp_path)
-    hub.asked.clear()
-    fetch(files, tmp_path, said.append)
-    assert hub.asked == []
-
-
-@pytest.mark.parametrize("large", [True, False])
-def test_the_hubs_own_record_is_the_checksum(hub: Site, tmp_path: Path, large: bool) -> None:
-    publish(hub, "file", CONTENT, large=large)
-    for path in hub.files:
-        hub.files[path] = CONTENT[::-1]
-    expected = SHA256 if large else git_sha1(CONTENT)
-    found = hashlib.sha256(CONTENT[::-1]).hexdigest() if large else git_sha1(CONTENT[::-1])
-    with pytest.raises(ValueError, match=f"checksum is {found}, published is {expected}"):
-        fetch([PublishedFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_pinned_sum_that_the_hub_no_longer_holds_is_not_downloaded(hub: Site, tmp_path: Path) -> None:
-    publish(hub, "file", CONTENT, large=True)
-    with pytest.raises(ValueError, match=f"its checksum is {SHA256} by now, wanted is {'0' * 64}"):
-        fetch([PublishedFile(path=f"{REPOSITORY}/file", sha256="0" * 64)], tmp_path, lambda _: None)
-    assert [asked[0] for asked in hub.asked] == ["HEAD"]
-
-
-def test_a_new_version_at_the_hub_does_not_mix_into_an_old_part(hub: Site, tmp_path: Path) -> None:
-    file = PublishedFile(path=f"{REPOSITORY}/file")
-    publish(hub, "file", CONTENT, large=True)
-    hub.cut_after = [4 * PIECE_BYTES] + [0] * (module.ATTEMPTS - 1)
-    with pytest.raises(ValueError):
-        fetch([file], tmp_path, lambda _: None)
-    publish(hub, "file", CONTENT[::-1], large=True)
-    hub.asked.clear()
-    fetch([file], tmp_path, lambda _: None)
-    assert [asked[2] for asked in hub.asked if asked[0] == "GET"] == [None, None]
-    assert (tmp_path / file.path).read_bytes() == CONTENT[::-1]
-
-
-def test_a_copied_hub_file_is_compared_with_the_hubs_record(hub: Site, tmp_path: Path) -> None:
-    publish(hub, "file", CONTENT, large=False)
-    file, said = PublishedFile(path=f"{REPOSITORY}/file"), []
-    (tmp_path / REPOSITORY).mkdir(parents=True)
-    (tmp_path / file.path).write_bytes(CONTENT)
-    fetch([file], tmp_path, said.append)
-    assert said == [f"[1/1] {file.path}: was there, and is what is published"]
-    assert {asked[0] for asked in hub.asked} == {"HEAD"}
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "text"),
-    [
-        (403, "GatedRepo", f"accept its licence at https://huggingface.co/{REPOSITORY} and set HF_TOKEN"),
-        (404, "", "404"),
-    ],
-)
-def test_what_the_hub_refuses(hub: Site, tmp_path: Path, status: int, code: str, text: str) -> None:
-    class Refusing(Handler):
-        site = hub
-
-        def answer(self, *, body: bool) -> None:
-            self.head(status, {"Content-Length": "0", "X-Error-Code": code})
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server, pytest.MonkeyPatch.context() as patch:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        set_endpoint(patch, f"http://127.0.0.1:{server.server_address[1]}")
-        with pytest.raises(ValueError, match=text) as caught:
-            fetch([PublishedFile(path=f"{REPOSITORY}/file")], tmp_path, lambda _: None)
-        assert "\n" not in str(caught.value)
-        server.shutdown()
-
-
-@pytest.mark.parametrize("declared", [True, False])
-def test_no_hub(hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: bool) -> None:
-    """HF_HUB_OFFLINE, or nobody at the other end; a file that was copied there is left alone."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", declared)
-    set_endpoint(monkeypatch, f"http://127.0.0.1:{free_port()}")
-    there, missing = (PublishedFile(path=f"{REPOSITORY}/{name}") for name in ("there", "missing"))
-    (tmp_path / REPOSITORY).mkdir(parents=True)
-    (tmp_path / there.path).write_bytes(b"as it is")
-    said: list[str] = []
-    with pytest.raises(ValueError) as caught:
-        fetch([there, missing], tmp_path, said.append)
-    origin = f"https://huggingface.co/{REPOSITORY}/resolve/main/missing"
-    assert f"download {origin} and put it at {tmp_path}/{missing.path}" in str(caught.value)
-    assert ("HF_HUB_OFFLINE is set" in str(caught.value)) == declared
-    assert "is there but not checked" in said[0]
-    assert (tmp_path / there.path).read_bytes() == b"as it is"
-    assert hub.asked == []
-
-
-def test_hf_endpoint_and_hf_token_of_the_environment(hub: Site, tmp_path: Path) -> None:
-    publish(hub, "file", CONTENT, large=True)
-    script = (
-        "import sys; from pathlib import Path; from nft_ray.downloads.fetch import fetch; "
-        "from nft_ray.downloads.published import PublishedFile; "
-        f"fetch([PublishedFile(path='{REPOSITORY}/file')], Path(sys.argv[1]), print)"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_other"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("file: 1.0 MiB, checksum right\n")
-    assert (tmp_path / REPOSITORY / "file").read_bytes() == CONTENT
-    assert {asked[4] for asked in hub.asked if asked[1].startswith(f"/{REPOSITORY}")} == {"Bearer hf_other"}
-
-
-def test_requests_drops_the_token_at_another_host() -> None:
-    """What the CDN test above rests on: 127.0.0.1 and localhost are two hosts to requests."""
-    assert requests.Session().should_strip_auth("http://127.0.0.1:1/a", "http://localhost:1/a")

@@ -209,13 +209,12 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_leaves_a_transformer(runs: Pat
 @pytest.mark.ray
 def test_a_run_of_two_learners_goes_on_with_one_and_other_pieces(runs: Path, ray_home: dict[str, str]) -> None:
     """What is refused: tests/cli/test_going_on.py."""
-    lines = (REPO / "nft_ray" / "shapes" / "prompts" / "test.jsonl").read_text().splitlines()
-    (runs / "two.jsonl").write_text("\n".join(lines[:2]))
-    few = (f"prompts.test={runs / 'two.jsonl'}", "evaluation.picture_lines=[0]", "tracking.uri=file:///dev/null/x")
-    first = nft_ray(runs, "fewer", *few, "run.num_epochs=1", "learner.num_workers=2", flags=(), extra=ray_home)
+    two = ("run.num_epochs=1", "learner.num_workers=2")
+    first = nft_ray(*train(runs, "fewer", NO_MLFLOW, *two), runs=runs, ray=ray_home)
     assert first.returncode == 0, first.stderr
     fewer = ("learner.num_workers=1", "learner.micro_batch_size=7", "learner.timeout_s=900")
-    second = nft_ray(runs, "fewer", *few, "run.num_epochs=2", *fewer, "sampler.velocity_dtype=float16")
+    settings = ("run.num_epochs=2", *fewer, "sampler.velocity_dtype=float16")
+    second = nft_ray(*train(runs, "fewer", NO_MLFLOW, *settings), "--local", runs=runs)  # its log is on stderr
     assert second.returncode == 0, second.stderr
     assert "going on after epoch 1" in second.stdout
     (warning,) = [line for line in second.stderr.splitlines() if "last bits" in line]

@@ -39,18 +39,21 @@ class MisbehavingServer:
     """`script`: what is done with the first requests; the last entry holds for all further ones.
 
     An entry is `ok`, `unscored`, an HTTP status such as `500`, `429 after 0.3` (Retry-After), `hang`, `half` (closed in
-    the middle of the body), `drip` (never ends), `echo_key` (401 that quotes the key) or a name in GARBAGE. `rules`
-    overrules the script for prompts that contain its key. `delay_s`: how long a request takes; `port`: 0 = any.
+    the middle of the body), `drip` (never ends), `echo_key` (401 that quotes the key), `die` (no answer, and from then
+    on no server) or a name in GARBAGE. `rules` overrules the script for prompts that contain its key. `delay_s`: how
+    long a request takes; `at_once`: none is answered before so many were here together; `port`: 0 = any.
     """
 
-    def __init__(self, *script: str, rules: dict[str, str] | None = None, delay_s: float = 0.0, port: int = 0) -> None:
-        self.script, self.rules, self.delay_s = list(script) or ["ok"], rules or {}, delay_s
+    def __init__(
+        self, *script: str, rules: dict[str, str] | None = None, delay_s: float = 0.0, at_once: int = 0, port: int = 0
+    ) -> None:
+        self.script, self.rules, self.delay_s, self.at_once = list(script) or ["ok"], rules or {}, delay_s, at_once
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.paths: list[str] = []
         self.times: list[float] = []
         self.in_flight = self.most_in_flight = self.num_connections = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._over = threading.Event()
         self._http = _Http(("127.0.0.1", port), _handler(self))
         self.port = int(self._http.server_address[1])
@@ -74,12 +77,6 @@ class MisbehavingServer:
         self._http.server_close()
         self._http.cut()
 
-    def stop_after(self, num_requests: int) -> None:
-        """Stop in the middle of the work: once so many requests have come in."""
-        while len(self.bodies) < num_requests:
-            time.sleep(0.005)
-        self.stop()
-
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         """One POST, from its own thread."""
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
@@ -91,6 +88,8 @@ class MisbehavingServer:
             self.times.append(time.monotonic())
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: self.most_in_flight >= self.at_once, timeout=30)
         try:
             time.sleep(self.delay_s)
             caption = body["messages"][0]["content"][1]["text"]
@@ -109,6 +108,9 @@ class MisbehavingServer:
         elif deed == "hang":
             self._over.wait(60)
             request.close_connection = True
+        elif deed == "die":
+            request.close_connection = True
+            self.stop()
         elif deed == "half":
             _send(request, 200, b'{"choices": [{"mess', claimed=500)
             request.close_connection = True

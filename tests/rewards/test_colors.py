@@ -206,8 +206,8 @@ def test_the_whole_reward_with_the_real_classifier(tmp_path: Path) -> None:
     """From files to scores: a small Mask2Former that is sure of what it sees, ViT-L/14 at its real size."""
     from open_clip import get_model_config
 
-    from tests.rewards.test_mask2former import SMALL as SMALL_DETECTOR
-    from tests.rewards.test_mask2former import SMALL_SWIN, random_images, write_model
+    from tests.rewards.mask2former_files import SMALL as SMALL_DETECTOR
+    from tests.rewards.mask2former_files import SMALL_SWIN, random_images, write_model
 
     write_model(tmp_path / MASK2FORMER, SMALL_SWIN, SMALL_DETECTOR, 64)
     write_weights(tmp_path / COLORS_CHECKPOINT, get_model_config(ARCHITECTURE))

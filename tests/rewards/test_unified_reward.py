@@ -1,8 +1,10 @@
-"""The published scores; a server that misbehaves in every way we could think of; and, slow, a real one."""
+"""The published scores, request and batches, the key, the section; and, slow, a real server.
+
+Servers that fail: test_unified_reward_failures.py.
+"""
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nft_ray.rewards.base import Scores, load_reward, reward_config
+from nft_ray.rewards.base import load_reward, reward_config
 from nft_ray.rewards.unified_reward import (
     INSTRUCTION,
     UnifiedReward,
@@ -25,34 +27,15 @@ from nft_ray.rewards.unified_reward import (
     parse_score,
 )
 from tests.conftest import free_port
-from tests.rewards.misbehaving_server import GARBAGE, MisbehavingServer, honest_score, picture
+from tests.rewards.misbehaving_server import MisbehavingServer, picture
+from tests.rewards.unified_asking import QUICK, ask, expected, greys
 
 KEY = "sk-very-secret-0123456789"
-QUICK = {"backoff_s": 0.05, "timeout_s": 0.5, "deadline_s": 20.0}
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIFIED_REWARD_API_KEY", raising=False)
-
-
-def greys(*values: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
-    return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, *size, 3), np.uint8)
-
-
-def ask(urls: list[str], images: np.ndarray, prompts: list[str] | None = None, **section: Any) -> Scores:
-    """Score with a reward that lives for one call."""
-    config = reward_config("unified_reward", {"urls": urls, **QUICK, **section})
-    reward = build(config)  # type: ignore[arg-type]
-    assert isinstance(reward, UnifiedReward)
-    try:
-        return reward.score(images, prompts or ["a cat"] * len(images), [{}] * len(images))
-    finally:
-        reward.close()
-
-
-def expected(images: np.ndarray) -> list[float]:
-    return [pytest.approx(honest_score(image), abs=1e-6) for image in images]
 
 
 # --- what is asked and what is read ---
@@ -109,7 +92,7 @@ def test_any_image_size(size: tuple[int, int]) -> None:
 
 def test_a_batch_is_its_images_in_their_order_within_the_bound_over_kept_connections() -> None:
     images = greys(*range(0, 240, 10))
-    with MisbehavingServer(delay_s=0.05) as server:
+    with MisbehavingServer(delay_s=0.01, at_once=4) as server:
         reward = load_reward("unified_reward", {"urls": [server.url], "max_concurrency": 4})
         assert isinstance(reward, UnifiedReward)
         scores = reward.score(images, ["p"] * 24, [{}] * 24)
@@ -128,7 +111,7 @@ def test_a_batch_is_its_images_in_their_order_within_the_bound_over_kept_connect
 
 
 def test_the_bound_holds_for_all_threads_together() -> None:
-    with MisbehavingServer(delay_s=0.05) as server:
+    with MisbehavingServer(delay_s=0.05, at_once=3) as server:
         reward = load_reward("unified_reward", {"urls": [server.url], "max_concurrency": 3})
         threads = [
             threading.Thread(target=reward.score, args=(greys(1, 2, 3, 4), ["p"] * 4, [{}] * 4)) for _ in range(3)
@@ -138,127 +121,6 @@ def test_the_bound_holds_for_all_threads_together() -> None:
         for thread in threads:
             thread.join()
         assert (len(server.bodies), server.most_in_flight) == (12, 3)
-
-
-def test_urls_are_asked_in_turn() -> None:
-    images = greys(*range(0, 200, 20))
-    with MisbehavingServer() as one, MisbehavingServer() as two:
-        assert ask([one.url, two.url], images).values.tolist() == expected(images)
-        assert (len(one.bodies), len(two.bodies)) == (5, 5)
-
-
-# --- servers that fail ---
-
-
-@pytest.mark.parametrize("deed", ["500", "503", "408", "409", "429", "hang", "half", "drip", *GARBAGE])
-def test_a_failure_that_passes_costs_no_image(deed: str) -> None:
-    images = greys(0, 100, 200)
-    with MisbehavingServer(deed, deed, "ok") as server:
-        scores = ask([server.url], images)
-        assert scores.values.tolist() == expected(images)
-        assert scores.details["answered"].tolist() == [1, 1, 1]
-        assert len(server.bodies) == 5
-
-
-def test_pauses_grow_and_one_request_finds_out_whether_the_url_works_again() -> None:
-    with MisbehavingServer("500", "500", "500", "500", "ok") as server:
-        scores = ask([server.url], greys(0, 100, 200, 250), max_concurrency=1, backoff_s=0.1)
-        assert np.isfinite(scores.values).all()
-        pauses = np.diff(server.times)[:4]
-        for pause, least in zip(pauses, (0.075, 0.15, 0.3, 0.6), strict=True):
-            assert least <= pause < 2.5 * least + 0.2
-
-    with MisbehavingServer("500", "500", "500", "500", "500", "500", "ok", delay_s=0.05) as server:
-        images = greys(*range(0, 240, 30))
-        assert ask([server.url], images, max_concurrency=4).values.tolist() == expected(images)
-        # The first four at once, then the fifth and the sixth failure alone, then one success, then all.
-        assert len(server.bodies) == 6 + 8
-
-
-def test_retry_after_is_obeyed() -> None:
-    with MisbehavingServer("429 after 0.6", "ok") as server:
-        assert np.isfinite(ask([server.url], greys(7)).values).all()
-        assert 0.6 <= server.times[1] - server.times[0] < 1.5
-
-
-def test_a_server_that_always_fails_costs_all_scores_but_no_exception(caplog: pytest.LogCaptureFixture) -> None:
-    with MisbehavingServer("500") as server:
-        scores = ask([server.url], greys(0, 100, 200), max_attempts=3)
-    assert np.isnan(scores.values).all()
-    assert scores.details["answered"].tolist() == [0, 0, 0]
-    assert len(server.bodies) <= 3 * 3
-    last = caplog.records[-1].getMessage()
-    assert "3 of 3 images have no score" in last
-    assert f"{server.url}: HTTP 500" in last
-
-
-def test_one_image_that_breaks_the_server_does_not_cost_the_others() -> None:
-    images = greys(*range(0, 100, 10))
-    prompts = ["a cat"] * 10
-    prompts[4] = "poison"
-    with MisbehavingServer(rules={"poison": "500"}) as server:
-        scores = ask([server.url], images, prompts, max_attempts=3)
-    assert math.isnan(scores.values[4])
-    assert np.delete(scores.values, 4).tolist() == expected(np.delete(images, 4, axis=0))
-
-
-@pytest.mark.parametrize("status", ["400", "413", "422"])
-def test_an_image_that_the_server_refuses_is_missing_and_not_sent_again(status: str) -> None:
-    with MisbehavingServer(rules={"poison": status}) as server:
-        scores = ask([server.url], greys(10, 20), ["poison", "a cat"])
-        assert np.isnan(scores.values).tolist() == [True, False]
-        assert scores.details["answered"].tolist() == [0, 1]
-        assert len(server.bodies) == 2
-
-
-def test_a_text_without_a_score_is_asked_for_once_more_and_is_then_missing() -> None:
-    with MisbehavingServer(rules={"poison": "unscored"}) as server:
-        scores = ask([server.url], greys(10, 20), ["poison", "a cat"])
-        assert np.isnan(scores.values).tolist() == [True, False]
-        assert scores.details["answered"].tolist() == [1, 1]
-        assert len(server.bodies) == 3
-    with MisbehavingServer("unscored", "ok") as server:
-        assert np.isfinite(ask([server.url], greys(10)).values).all()
-
-
-def test_a_url_that_dies_in_the_middle_costs_no_image_and_is_left_alone() -> None:
-    images = greys(*range(0, 240, 6))
-    with MisbehavingServer(delay_s=0.05) as living, MisbehavingServer(delay_s=0.05) as dying:
-        killer = threading.Thread(target=dying.stop_after, args=(6,))
-        killer.start()
-        scores = ask([dying.url, living.url], images, max_concurrency=4)
-        killer.join()
-    assert scores.values.tolist() == expected(images)
-    assert 6 <= len(dying.bodies) < 12
-    assert len(living.bodies) > 28
-
-
-def test_a_url_that_comes_back_is_asked_again() -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/v1"
-    with MisbehavingServer(delay_s=0.05) as living:
-        reward = load_reward("unified_reward", {"urls": [url, living.url], "max_concurrency": 4, **QUICK})
-        assert np.isfinite(reward.score(greys(1, 2, 3, 4), ["p"] * 4, [{}] * 4).values).all()
-        assert len(living.bodies) == 4
-        with MisbehavingServer(port=port) as returned:
-            time.sleep(0.2)
-            assert np.isfinite(reward.score(greys(*range(20)), ["p"] * 20, [{}] * 20).values).all()
-            assert len(returned.bodies) >= 5
-
-
-def test_a_url_that_hangs_holds_one_request_at_a_time() -> None:
-    images = greys(*range(0, 240, 6))
-    with MisbehavingServer(delay_s=0.02) as living, MisbehavingServer("hang") as hanging:
-        assert ask([hanging.url, living.url], images, max_concurrency=8).values.tolist() == expected(images)
-    assert 1 <= len(hanging.bodies) <= 14  # at most all slots until the first time-out, then single ones; else 20
-
-
-def test_a_call_ends_at_its_deadline_with_what_it_has() -> None:
-    begun = time.monotonic()
-    with MisbehavingServer(rules={"slow": "drip"}) as server:
-        scores = ask([server.url], greys(10, 20, 30), ["a", "slow", "b"], timeout_s=2.9, deadline_s=3.0)
-    assert time.monotonic() - begun < 15
-    assert np.isnan(scores.values).tolist() == [False, True, False]
 
 
 # --- the key ---
@@ -314,19 +176,6 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(tmp_path:
     assert key not in str(caught.value)
     with pytest.raises(ValueError, match=r"api_key_file: cannot read /nowhere/key: FileNotFoundError"):
         load_reward("unified_reward", section | {"api_key_file": "/nowhere/key"})
-
-
-@pytest.mark.parametrize(
-    ("status", "reason"),
-    [("401", "refuses the key"), ("403", "refuses the key"), ("404", "no model 'UnifiedReward-7b")],
-)
-def test_what_waiting_does_not_mend_is_a_value_error_at_once(status: str, reason: str) -> None:
-    with MisbehavingServer(status, delay_s=0.02) as server:
-        with pytest.raises(ValueError, match=reason) as caught:
-            ask([server.url], greys(1, 2, 3))
-        assert server.url in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert len(server.bodies) <= 3
 
 
 # --- the section ---

@@ -1,53 +1,25 @@
-"""Checkpoints are whole or absent, come back bit for bit, and belong to one experiment."""
+"""Checkpoints are whole or absent, and come back bit for bit. Whose they are: test_claim.py."""
 
 import errno
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from safetensors import SafetensorError
 
-from nft_ray.config import ExperimentConfig, parse, resolved
+from nft_ray.config import resolved
 from nft_ray.runs import checkpoint as module
-from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, write_atomically
-from nft_ray.types import AdapterWeights, LearnerState, Weights
+from nft_ray.runs.checkpoint import RunFolder, write_atomically
+from nft_ray.types import AdapterWeights, LearnerState
 from tests.examples import example_config
+from tests.runs.states import learner_state, names
 
-JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 NUM_FILES = 7  # policy, ema, optimizer, and old and ema of two versions
-
-
-def weights(seed: int) -> Weights:
-    rng = np.random.default_rng(seed)
-    return {
-        "lora_A": rng.standard_normal((4, 8), dtype=np.float32),
-        "lora_B": rng.standard_normal((8, 4), dtype=np.float32).T,  # not contiguous
-        "odd": np.array([np.nan, np.inf, -0.0, 1e-45, 1 / 3], dtype=np.float32),
-    }
-
-
-def learner_state(version: int = 6) -> LearnerState:
-    """As with max_staleness 1: two versions."""
-    optimizer: dict[str, np.ndarray] = {"step/lora_A": np.array(12.0, dtype=np.float32)}
-    optimizer |= {f"exp_avg/{name}": value * 2 for name, value in weights(3).items()}
-    return LearnerState(
-        version=version,
-        optimizer_step=2 * version,
-        policy=weights(1),
-        ema=weights(2),
-        versions={
-            version - 1: AdapterWeights(old=weights(10), ema=weights(11)),
-            version: AdapterWeights(old=weights(12), ema=weights(13)),
-        },
-        optimizer=optimizer,
-    )
 
 
 def assert_bit_identical(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
@@ -65,10 +37,6 @@ def assert_same_state(one: LearnerState, other: LearnerState) -> None:
     for number in one.versions:
         assert_bit_identical(one.versions[number].old, other.versions[number].old)
         assert_bit_identical(one.versions[number].ema, other.versions[number].ema)
-
-
-def names(folder: RunFolder) -> list[str]:
-    return sorted(path.name for path in (folder.path / "checkpoints").iterdir())
 
 
 class TestSave:
@@ -209,195 +177,6 @@ def failed_save(path: Path, function: str, error: Exception, *, nth: int = 1, ke
     assert found is not None
     assert_same_state(learner_state(6), found.state)
     return str(raised.value)
-
-
-class TestClaim:
-    def test_a_fresh_folder_gets_the_resolved_config(self, tmp_path: Path) -> None:
-        config = example_config()
-        assert not (tmp_path / "a").exists()
-        RunFolder(tmp_path / "a" / "b").claim(config)
-        assert yaml.safe_load((tmp_path / "a" / "b" / "config.yaml").read_text()) == resolved(config)
-
-    def test_the_same_config_goes_on(self, tmp_path: Path) -> None:
-        folder = RunFolder(tmp_path)
-        for _ in range(2):
-            folder.claim(example_config("learner.learning_rate=1e-7"))  # the numbers survive the YAML
-            folder.save(6, learner_state())
-        assert names(folder) == ["epoch-000006"]
-
-    def test_a_run_from_before_a_field_was_there_goes_on(self, tmp_path: Path) -> None:
-        folder, config = RunFolder(tmp_path), example_config()
-        folder.claim(config)
-        before = resolved(config)
-        del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
-        with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction = 1\.0 there, 0\.5 here\)"):
-            folder.claim(example_config("algorithm.kl_fraction=0.5"))
-        folder.claim(config)
-        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == resolved(config)
-
-    @pytest.mark.parametrize(
-        "override",
-        [
-            "run.num_epochs=9",
-            "run.root=elsewhere",
-            "run.keep_checkpoints=5",
-            "run.checkpoint_every=3",
-            "tracking.uri=sqlite:///x.db",
-            "tracking.experiment=other",
-            "cluster.num_cpus=7",
-            "cluster.wait_s=5",
-            "learner.num_workers=5",
-            "sampler.micro_batch_size=5",
-            "scorers.attach=True",
-            "evaluation.every=5",
-        ],
-    )
-    def test_with_another_placement_it_goes_on_silently(
-        self, tmp_path: Path, override: str, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        folder = RunFolder(tmp_path)
-        folder.claim(example_config())
-        folder.save(6, learner_state())
-        folder.claim(example_config(override))
-        assert names(folder) == ["epoch-000006"]
-        assert not caplog.records
-        key, _, value = override.partition("=")
-        section, name = key.split(".")
-        assert str(yaml.safe_load((tmp_path / "config.yaml").read_text())[section][name]) in (value, f"{value}.0")
-
-    def test_with_another_rounding_it_goes_on_with_one_warning(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        folder, other = RunFolder(tmp_path), example_config("model.dtype=bfloat16", "sampler.lora=merged")
-        folder.claim(example_config())
-        for _ in range(2):  # the second time nothing is new
-            folder.claim(other)
-        (record,) = caplog.records
-        assert (record.levelname, record.getMessage()) == (
-            "WARNING",
-            "run quickstart goes on with other last bits: model.dtype = 'float32' there, 'bfloat16' here; "
-            "sampler.lora = 'auto' there, 'merged' here",
-        )
-
-    def test_a_stage_goes_on_as_the_run_does(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        def staged(section: dict[str, Any]) -> ExperimentConfig:
-            data = resolved(example_config())
-            stage = {"name": "one", "num_epochs": 2, "rewards": {"geneval": None}}
-            return parse({**data, "stages": [stage | section]})
-
-        folder = RunFolder(tmp_path)
-        folder.claim(staged({}))
-        folder.claim(staged({"learner": {"micro_batch_size": 8}, "rewards": {"geneval": {"num_replicas": 2}}}))
-        assert not caplog.records
-        with pytest.raises(ValueError, match=r"differs in: stages.0.algorithm.beta = None there, 0.3 here\)"):
-            folder.claim(staged({"algorithm": {"beta": 0.3}}))
-        with pytest.raises(ValueError, match=r"differs in: stages = \["):
-            folder.claim(example_config())
-
-    def test_every_configuration_is_kept_with_the_epoch_it_began_at(self, tmp_path: Path) -> None:
-        def history() -> dict[str, Any]:
-            return {file.name: yaml.safe_load(file.read_text()) for file in sorted(tmp_path.glob("configs/*"))}
-
-        folder, other = RunFolder(tmp_path), example_config("learner.num_workers=3")
-        folder.claim(example_config())
-        assert history() == {"epoch-000000.yaml": resolved(example_config())}
-        folder.save(6, learner_state())
-        folder.claim(example_config())  # nothing changed
-        folder.claim(other)
-        assert history() == {
-            "epoch-000000.yaml": resolved(example_config()),
-            "epoch-000006.yaml": resolved(other),
-        }
-        shutil.rmtree(tmp_path / "configs")  # as in a run from before it was kept
-        folder.save(8, learner_state(8))
-        folder.claim(example_config())
-        assert list(history()) == ["epoch-000000.yaml", "epoch-000008.yaml"]
-        assert history()["epoch-000000.yaml"] == resolved(other)
-
-    @pytest.mark.parametrize(
-        ("overrides", "keys"),
-        [
-            (["run.seed=1"], "run.seed = 0 there, 1 here"),
-            (["run.num_epochs=9", "model.lora.rank=2"], "model.lora.rank = 4 there, 2 here"),
-            (["learner.num_workers=9", "algorithm.beta=0.3"], "algorithm.beta = 0.15 there, 0.3 here"),
-            (
-                ["learner.betas=[0.8,0.9]", "algorithm.kl_weight=1"],
-                "algorithm.kl_weight = 0.0 there, 1.0 here; learner.betas = [0.9, 0.999] there, [0.8, 0.9] here",
-            ),
-            (["rewards.geneval.weight=2"], "rewards.geneval.weight = 1.0 there, 2.0 here"),
-            (["rewards.jpeg_compressibility.weight=2"], "rewards.jpeg_compressibility = None there, {"),
-        ],
-    )
-    def test_another_experiment_is_refused_by_its_keys(self, tmp_path: Path, overrides: list[str], keys: str) -> None:
-        folder = RunFolder(tmp_path)
-        folder.claim(example_config())
-        folder.save(6, learner_state())
-        before = (tmp_path / "config.yaml").read_text()
-        with pytest.raises(ValueError, match=r"^run quickstart exists in .*--set run\.name=.*--overwrite$") as error:
-            folder.claim(example_config(*overrides))
-        assert f"(differs in: {keys}" in str(error.value)
-        assert "\n" not in str(error.value)
-        assert (tmp_path / "config.yaml").read_text() == before
-        assert names(folder) == ["epoch-000006"]
-
-    def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
-        RunFolder(tmp_path).claim(example_config())
-        learner = [f"learner.{key}" for key in ("learning_rate=9", "weight_decay=9", "max_grad_norm=9")]
-        others = [f"algorithm.{key}" for key in ("beta=9", "kl_weight=9", "advantage_clip=9", "ema_decay=0.1")]
-        with pytest.raises(ValueError, match=r"differs in: algorithm\..*prompts\.groups_per_epoch = .*; \.\.\.\)"):
-            RunFolder(tmp_path).claim(example_config("run.seed=3", "prompts.groups_per_epoch=9", *learner, *others))
-
-    def test_overwrite_begins_anew(self, tmp_path: Path) -> None:
-        folder = RunFolder(tmp_path / "run")
-        (tmp_path / "other").mkdir()
-        folder.claim(example_config())
-        folder.save(6, learner_state())
-        folder.claim(example_config("run.seed=1"), overwrite=True)
-        assert folder.latest() is None
-        assert sorted(path.name for path in folder.path.rglob("*.yaml")) == ["config.yaml", "epoch-000000.yaml"]
-        assert (tmp_path / "other").is_dir()
-        RunFolder(tmp_path / "new").claim(example_config(), overwrite=True)  # nothing there to replace
-        assert (tmp_path / "new" / "config.yaml").exists()
-
-
-class TestRunRoot:
-    config = example_config("run.root=some/runs")
-
-    @pytest.fixture(autouse=True)
-    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        return tmp_path / "home"
-
-    def test_a_relative_root_is_taken_from_the_working_directory(self, tmp_path: Path) -> None:
-        assert run_root(self.config, {}) == tmp_path / "work" / "some" / "runs"
-
-    def test_within_a_job_it_is_taken_from_the_home_folder(self, home: Path) -> None:
-        assert run_root(self.config, JOB) == home / "nft_ray" / "some" / "runs"
-        assert run_root(self.config, {**JOB, "NFT_RAY_RUNS": "mine"}) == home / "nft_ray" / "mine"
-
-    @pytest.mark.parametrize("environment", [{}, JOB])
-    def test_an_absolute_root_stays(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        config = example_config(f"run.root={tmp_path}/runs")
-        assert run_root(config, environment) == tmp_path / "runs"
-
-    @pytest.mark.parametrize("environment", [{}, JOB])
-    def test_the_variable_goes_first(self, tmp_path: Path, home: Path, environment: dict[str, str]) -> None:
-        assert run_root(self.config, {**environment, "NFT_RAY_RUNS": f"{tmp_path}/else"}) == tmp_path / "else"
-        assert run_root(self.config, {**environment, "NFT_RAY_RUNS": "~/else"}) == home / "else"
-
-    def test_an_empty_variable_is_none(self, tmp_path: Path) -> None:
-        assert run_root(self.config, {"NFT_RAY_RUNS": ""}) == tmp_path / "work" / "some" / "runs"
-
-    @pytest.mark.parametrize("environment", [{}, JOB])
-    def test_a_tilde_is_the_home_folder(self, home: Path, environment: dict[str, str]) -> None:
-        assert run_root(example_config("run.root=~/mine"), environment) == home / "mine"
-
-    def test_a_job_is_told_by_rays_variable(self) -> None:
-        assert in_submitted_job(JOB)
-        assert not in_submitted_job({"RAY_ADDRESS": "auto"})
 
 
 def test_a_file_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
