@@ -25,10 +25,10 @@ def mark_of(config: ExperimentConfig, key: str) -> Mark:
     place: Any = config
     path = key.split(".")
     if path[0] == "stages" and len(path) > 2 and path[2] in STAGED:
-        number, path = int(path[1]), path[2:]
-        if number >= len(config.stages):
+        number, path = path[1], path[2:]
+        if not (number.isdecimal() and int(number) < len(config.stages)):
             return Mark.RESULT
-        place = config.stage_configs[number]
+        place = config.stage_configs[int(number)]
     if path[0] == "rewards":
         place, path = place.reward_configs.get(".".join(path[1:2])), path[2:]
     found = Mark.RESULT
