@@ -18,12 +18,13 @@ from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.cores.publish import announced
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
+from nft_ray.models.lora import export_lora, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.rewards.base import Scores
 from nft_ray.seeding import evaluation_seed
 from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.examples import QUICKSTART, SMALL, example_config
+from tests.models.tiny import numpy_weights
 
 SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
 TEXTS = ["a photo of a circle", "a photo of two crosses", "a photo of a red square", "a photo of a blue star", "x"]
