@@ -267,6 +267,18 @@ def test_where_every_reward_has_a_place_it_stays() -> None:
     assert places("sd3_multi_reward.yaml", *other) == {"aesthetic": (1, 1.0)}, "that says nothing of a place"
 
 
+def test_a_setting_that_says_nothing_of_a_place_takes_none_away() -> None:
+    asked = ("--rewards", "geneval,pickscore")
+    strict = ("--set", "rewards.geneval.credit=strict")
+    assert places("sd3_geneval.yaml", *asked, *strict) == places("sd3_geneval.yaml", *asked) != {}
+    whole = ("--set", "rewards.pickscore={num_gpus: 0.25}")
+    assert places("sd3_geneval.yaml", *asked, *whole) == {"geneval": (1, 1.0), "pickscore": (1, 0.25)}
+    twice = ("--set", "rewards.geneval.num_gpus=0.4", "--set", "rewards.geneval.num_replicas=2")
+    assert places("sd3_geneval.yaml", *asked, *twice, *whole) == {"geneval": (2, 0.4), "pickscore": (1, 0.25)}
+    with pytest.raises(ValueError, match=r"say it: --set rewards.pickscore.num_gpus=0.2"):
+        places("sd3_geneval.yaml", *asked, *twice)
+
+
 def test_without_gpus_everything_runs_on_cpus() -> None:
     assert places("quickstart.yaml", "--rewards", "pickscore,geneval") == {"pickscore": (1, 0), "geneval": (1, 0)}
 
