@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from nft_ray.config import ClusterConfig, ExperimentConfig, RunConfig, TrackingConfig, dump
+from nft_ray.config import ExperimentConfig, dump, parse, shared
 from nft_ray.downloads.pipelines import NANO, location
 from nft_ray.models.base import family
 from nft_ray.runs.stages import stage_at, stages_of
@@ -59,11 +59,8 @@ def model_card(
 
 
 def shareable(config: ExperimentConfig) -> ExperimentConfig:
-    """Without what concerns the machines that it ran on only: folders, ports, the address of a tracking server."""
-    run = config.run.model_copy(update={"root": RunConfig.model_fields["root"].default})
-    scorers = config.scorers.model_copy(update={"http": None})
-    here = {"run": run, "scorers": scorers, "cluster": ClusterConfig(), "tracking": TrackingConfig()}
-    return config.model_copy(update=here)
+    """Without what concerns the machines that it ran on only: folders, addresses, numbers of workers."""
+    return parse(shared(config))
 
 
 def loading_code(config: ExperimentConfig, where: str) -> str:
