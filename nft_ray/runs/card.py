@@ -22,11 +22,13 @@ def model_card(
 ) -> str:
     """README.md of an exported policy, with the Hub's header. `figures`: the held-out table, or why there is none."""
     name, model = config.run.name, config.model
+    algorithms = {part.algorithm.TAG: part.algorithm for _, _, part in _parts(config, epoch)}
+    trained_with = " and ".join(f"[{one.TITLE}]({one.PAPER})" for one in algorithms.values())
     full = model.tuning == "full"
     header = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
+        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", *algorithms],
     }
     if location(model.path) is None:
         header["base_model"] = model.path
@@ -34,7 +36,7 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}: {'all weights of the transformer of' if full else 'a LoRA for'} {model.path}",
-        "Trained online with [DiffusionNFT](https://arxiv.org/abs/2509.16117) by nft_ray "
+        f"Trained online with {trained_with} by nft_ray "
         f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
         f"the policy after {epoch} epochs.",
         _facts(config, epoch),

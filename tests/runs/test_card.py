@@ -1,5 +1,7 @@
 """The card of an exported policy says where it comes from, and its code loads it."""
 
+from typing import Any
+
 import yaml
 from diffusers import FluxPipeline
 
@@ -9,10 +11,11 @@ from nft_ray.types import Mark
 from tests.examples import example_config
 
 
-def card(*overrides: str, hub_id: str | None = None) -> str:
+def card(*overrides: str, hub_id: str | None = None, algorithm: dict[str, Any] | None = None) -> str:
     figures = "metric  base  trained"
     versions = {"nft_ray": "0.1.0", "commit": "a" * 40}
-    return model_card(example_config(*overrides), epoch=7, figures=figures, versions=versions, hub_id=hub_id)
+    config = example_config(*overrides, algorithm=algorithm)
+    return model_card(config, epoch=7, figures=figures, versions=versions, hub_id=hub_id)
 
 
 def test_the_card_has_the_hubs_header_and_says_what_was_done() -> None:
@@ -87,6 +90,21 @@ def test_what_concerns_the_machines_is_not_shared_and_the_rest_loads() -> None:
     before, after = resolved(config), resolved(again)
     assert {mark_of(config, key) for key in differences(before, after)} == {Mark.PLACEMENT}
     assert again.stage_configs[1].trained_weights == {"pickscore": 2}
+
+
+def test_the_card_names_the_algorithm_that_trained_it_each_once() -> None:
+    def said(text: str) -> tuple[list[str], str]:
+        tags = yaml.safe_load(text.split("---")[1])["tags"]
+        return tags[tags.index("reinforcement-learning") + 1 :], text[text.index("Trained online") :].split(" by ")[0]
+
+    nft = "[DiffusionNFT](https://arxiv.org/abs/2509.16117)"
+    awm = "[Advantage-weighted matching](https://arxiv.org/abs/2509.25050)"
+    assert said(card()) == (["diffusion-nft"], f"Trained online with {nft}")
+    assert said(card(algorithm={"name": "awm"})) == (["awm"], f"Trained online with {awm}")
+    stages = (
+        "stages=[{name: a, num_epochs: 3}, {name: b, num_epochs: 3, algorithm: {name: awm}}, {name: c, num_epochs: 8}]"
+    )
+    assert said(card("run.num_epochs=14", stages)) == (["diffusion-nft", "awm"], f"Trained online with {nft} and {awm}")
 
 
 def test_a_folder_is_no_base_model_of_the_hub() -> None:
