@@ -20,6 +20,7 @@ from nft_ray.evaluation.held_out import evaluate_epoch
 from nft_ray.prompts.draw import PromptSet, epoch_requests
 from nft_ray.roles import Roles, Tracker
 from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.evaluations import evaluated_epochs
 from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup
 
 
@@ -51,6 +52,8 @@ class Trainer:
         rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
         if start == self.first_epoch:
             await self.evaluate(0, None)
+        if start == self.cfg.run.num_epochs and start not in evaluated_epochs(self.folder.results):
+            await self.evaluate(start, (await self.learners.adapters())[-1])  # it was to go on, and ends here
         try:
             for epoch in range(start, self.cfg.run.num_epochs):
                 started = time.perf_counter()

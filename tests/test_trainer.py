@@ -186,6 +186,16 @@ def test_the_base_is_evaluated_first_and_the_ema_policy_every_n_epochs(tmp_path:
         assert sorted(tracker.evaluations[epoch].images) == list(range(8))
 
 
+def test_told_to_end_at_a_checkpoint_without_figures_it_evaluates_that_one_once(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failed"):
+        train(config_for(epochs=4, checkpoint_every=3), tmp_path, fail_at="update 3")
+    changed = config_for(epochs=3, checkpoint_every=3)
+    world, tracker = train(changed, tmp_path)
+    assert (tracker.epochs, sorted(tracker.evaluations)) == ([], [3])
+    assert {(r.split, r.adapter, r.policy_version) for r in world.requests} == {("eval", "ema", 3)}
+    assert train(changed, tmp_path)[0].requests == []
+
+
 def lines_drawn(world: World, epoch: int) -> list[int]:
     return [item.prompt.id for r in world.requests if r.split == "eval" and r.epoch == epoch for item in r.items]
 

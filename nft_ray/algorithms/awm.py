@@ -44,6 +44,10 @@ FLOOR = 1e-10
 
 
 class Config(AdvantageConfig, KLConfig):
+    TITLE = "Advantage-weighted matching"
+    TAG = "awm"
+    PAPER = "https://arxiv.org/abs/2509.25050"
+
     name: Literal["awm"] = "awm"
     weighting: Literal["uniform", "t", "t_squared"] = "t"
     """w(t): how much the matching error counts at time t (1 = noise)."""

@@ -3,6 +3,7 @@
 An algorithm is ONE module of this package, `nft_ray/algorithms/NAME.py`, that defines
 
     class Config(AlgorithmConfig)                  its section `algorithm` of the YAML, where `name` is NAME;
+                                                   with TITLE, TAG and PAPER for the card of what it trains;
                                                    KLConfig and AdvantageConfig are fields that several have
     def build(config: Config) -> Algorithm         what the three planes ask it; see the Protocol
 
@@ -22,7 +23,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -46,6 +47,13 @@ class AlgorithmConfig(BaseModel):
     """What the learner and the loop read of any algorithm. Its own Config inherits this and adds fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    TITLE: ClassVar[str]
+    """What a reader knows it by."""
+    TAG: ClassVar[str]
+    """What it is found by on the Hub."""
+    PAPER: ClassVar[str]
+    """Its address."""
 
     name: str = "nft"
     """File nft_ray/algorithms/NAME.py."""

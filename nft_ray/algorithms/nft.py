@@ -39,6 +39,10 @@ Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
 
 class Config(AdvantageConfig, KLConfig):
+    TITLE = "DiffusionNFT"
+    TAG = "diffusion-nft"
+    PAPER = "https://arxiv.org/abs/2509.16117"
+
     name: Literal["nft"] = "nft"
     beta: Annotated[float, Field(gt=0)] = 1.0
     """Strength of the implicit positive and negative policies."""

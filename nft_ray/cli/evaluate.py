@@ -6,8 +6,11 @@ reward applications are those of training; no learner is started. Everything is 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from nft_ray.cli.console import Screen
 from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
@@ -60,8 +63,14 @@ def experiment_of(args: argparse.Namespace) -> ExperimentConfig:
         resolve(load(args.config, [*args.set, *given])),
         dataset=args.dataset,
         rewards=[name.strip() for name in args.rewards.split(",")] if args.rewards else (),
-        touched={setting.split(".")[1] for setting in args.set if setting.startswith("rewards.")},
+        touched=reward_fields(args.set),
     )
+
+
+def reward_fields(settings: Sequence[str]) -> dict[str, set[str]]:
+    """Reward name -> the fields that --set says of it: `rewards.NAME.field=...`, or `rewards.NAME={field: ...}`."""
+    sections = OmegaConf.from_dotlist([one for one in settings if one.startswith("rewards.")]).get("rewards") or {}
+    return {name: set(section) if OmegaConf.is_dict(section) else set() for name, section in sections.items()}
 
 
 def _run(

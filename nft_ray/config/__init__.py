@@ -6,7 +6,7 @@ Does not: what a reward's or an algorithm's own section may say (rewards/, algor
 
 from nft_ray.config.experiment import ExperimentConfig
 from nft_ray.config.loading import changes, differences, dump, load, parse, resolved
-from nft_ray.config.marks import essence, mark_of
+from nft_ray.config.marks import essence, mark_of, shared
 from nft_ray.config.sections import (
     ClusterConfig,
     EvaluationConfig,
@@ -44,4 +44,5 @@ __all__ = [
     "mark_of",
     "parse",
     "resolved",
+    "shared",
 ]

@@ -4,7 +4,7 @@ The mark of a path is that of its last field. A section that is there or not as 
 what is free below its field (`runtime_env`) has the field's. A key that nothing is known of is RESULT.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from nft_ray.config.composition import STAGED
 from nft_ray.config.experiment import ExperimentConfig
+from nft_ray.config.loading import resolved
 from nft_ray.types import Mark
 
 
@@ -22,23 +23,29 @@ def field_mark(field: FieldInfo) -> Mark:
 
 def mark_of(config: ExperimentConfig, key: str) -> Mark:
     """The mark of a dotted path in the resolved experiment, such as `stages.0.rewards.ocr.num_cpus`."""
+    field = field_of(config, key)
+    return Mark.RESULT if field is None else field_mark(field)
+
+
+def field_of(config: ExperimentConfig, key: str) -> FieldInfo | None:
+    """The last field on a dotted path; None where nothing is known of it."""
     place: Any = config
     path = key.split(".")
     if path[0] == "stages" and len(path) > 2 and path[2] in STAGED:
-        number, path = int(path[1]), path[2:]
-        if number >= len(config.stages):
-            return Mark.RESULT
-        place = config.stage_configs[number]
+        number, path = path[1], path[2:]
+        if not (number.isdecimal() and int(number) < len(config.stages)):
+            return None
+        place = config.stage_configs[int(number)]
     if path[0] == "rewards":
         place, path = place.reward_configs.get(".".join(path[1:2])), path[2:]
-    found = Mark.RESULT
+    found = None
     for part in path:
         if not isinstance(place, BaseModel):
             break
         field = type(place).model_fields.get(part)
         if field is None:
-            return Mark.RESULT
-        found, place = field_mark(field), getattr(place, part)
+            return None
+        found, place = field, getattr(place, part)
     return found
 
 
@@ -49,4 +56,31 @@ def essence(section: BaseModel, *, exclude: Collection[str] = ()) -> dict[str, A
         value = getattr(section, name)
         if name not in exclude and field_mark(field) is not Mark.PLACEMENT:
             found[name] = essence(value) if isinstance(value, BaseModel) else plain[name]
+    return found
+
+
+def shared(config: ExperimentConfig) -> dict[str, Any]:
+    """The resolved experiment without its PLACEMENT, for other machines; it can be parsed.
+
+    What must be given stays, as does `run.num_epochs`. A field that its section may not do without says an example.
+    """
+    return _shared(config, resolved(config), "")
+
+
+def _shared(config: ExperimentConfig, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        field = field_of(config, key)
+        if field is not None and field_mark(field) is Mark.PLACEMENT:
+            if field.examples:
+                found[name] = field.examples[0] if value else value
+            elif field.is_required() or key == "run.num_epochs":
+                found[name] = value
+        elif isinstance(value, Mapping):
+            found[name] = _shared(config, value, f"{key}.")
+        elif key == "stages":
+            found[name] = [_shared(config, stage, f"{key}.{number}.") for number, stage in enumerate(value)]
+        else:
+            found[name] = value
     return found

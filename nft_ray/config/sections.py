@@ -25,7 +25,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Every prompt, noise and permutation is a function of this."""
     num_epochs: Annotated[Positive, Mark.PLACEMENT] = 100
-    """Epochs of collect + update; may be raised when a run is resumed."""
+    """Epochs of collect + update; may be raised, or lowered to what is finished, when a run goes on."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """0: the published algorithm. 1: the rollouts of the next epoch overlap this epoch's update."""
     root: Annotated[str, Mark.PLACEMENT] = "runs"

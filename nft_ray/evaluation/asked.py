@@ -24,17 +24,23 @@ SECTIONS: dict[str, dict[str, Any]] = {"geneval": {"detector": "mask2former"}}
 """Where the experiment says nothing about a reward of a data set and it has a field without a default."""
 PLACE = {"num_gpus", "device"}
 """Fields by which a section says where its model runs."""
+SHARE = PLACE | {"num_replicas", "autoscaling"}
+"""With those by which it says how much of the cards it takes."""
 GPU_UNITS = 10_000
 """Ray counts GPUs in units of 1e-4."""
 
 
 def asked_experiment(
-    config: ExperimentConfig, *, dataset: str | None, rewards: Collection[str], touched: Collection[str]
+    config: ExperimentConfig,
+    *,
+    dataset: str | None,
+    rewards: Collection[str],
+    touched: Mapping[str, Collection[str]],
 ) -> ExperimentConfig:
     """The experiment of an evaluation, checked as a whole; its rewards are those to ask, each with a weight.
 
-    rewards: their names; none = those of `dataset`, and where it has none, all of the experiment. touched: rewards of
-    which --set says something. ValueError with one line.
+    rewards: their names; none = those of `dataset`, and where it has none, all of the experiment. touched: reward name
+    -> the fields that --set says of it. ValueError with one line.
     """
     names = rewards or rewards_of(dataset) or tuple(config.rewards)
     sections = {name: config.rewards.get(name) or SECTIONS.get(name) or {} for name in names}
@@ -59,16 +65,22 @@ def rewards_of(dataset: str | None) -> tuple[str, ...]:
 
 
 def gpu_places(
-    config: ExperimentConfig, wanted: Mapping[str, RewardConfig], touched: Collection[str]
+    config: ExperimentConfig, wanted: Mapping[str, RewardConfig], touched: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, Any]]:
     """Reward name -> what its section lacks of a place; empty where every wanted reward has one, or nothing has a GPU.
 
+    The cards to share are those of the rewards that the YAML says something of, but for what --set gave one by hand.
     ValueError with the --set lines where the experiment's samplers have GPUs and its rewards have none to share.
     """
-    own = {name: reward for name, reward in config.reward_configs.items() if name not in touched}
-    by_hand = {name for name, reward in wanted.items() if name in touched and PLACE & reward.model_fields_set}
+    own = {
+        name: reward
+        for name, reward in config.reward_configs.items()
+        if name not in touched or reward.model_fields_set - set(touched[name])  # the YAML says something of it, too
+    }
     homeless = [name for name, reward in wanted.items() if _needs_gpu(name, reward) and name not in own]
-    homeless = [name for name in homeless if name not in by_hand]
+    homeless = [name for name in homeless if not PLACE & set(touched.get(name, ()))]
+    by_hand = {name for name in wanted if SHARE & set(touched.get(name, ()))}
+    own = {name: reward for name, reward in own.items() if name not in by_hand}
     cards = sum(_num_replicas(reward) * reward.num_gpus for reward in own.values())
     if not homeless or not (cards or config.sampler.num_gpus):
         return {}

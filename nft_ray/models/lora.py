@@ -81,11 +81,6 @@ def _wire_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(f"{ADAPTER}.", ".")
 
 
-def numpy_weights(parameters: dict[str, torch.nn.Parameter] | dict[str, torch.Tensor]) -> Weights:
-    """A float32 copy on the host, by wire name."""
-    return {name: value.detach().float().cpu().numpy().copy() for name, value in parameters.items()}
-
-
 @torch.no_grad()
 def assign(parameters: dict[str, torch.nn.Parameter] | dict[str, torch.Tensor], weights: Weights) -> int:
     """Copy weights into parameters; every name and shape must match. Returns the number of tensors moved."""

@@ -22,8 +22,6 @@ MAX_TOKENS = 77
 """Of CLIP's text tower; longer prompts are cut."""
 REMEMBERED_PROMPTS = 1024
 WEIGHTS = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""What transformers' CLIPTokenizer reads; vocab.json and merges.txt hold the same once more."""
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """Pixels in the model's data type -> features (B, D)."""

@@ -25,7 +25,7 @@ class SglangConfig(BaseModel):
 
     model_path: str = Field(min_length=1)
     """Folder or Hub name of the model."""
-    python: Annotated[str, Mark.PLACEMENT]
+    python: Annotated[str, Mark.PLACEMENT] = Field(examples=["python3"])
     """Python of the environment that holds sglang."""
     name: Annotated[str | None, Mark.PLACEMENT] = None
     """Of the actor; null = sglang-MODEL."""

@@ -78,7 +78,7 @@ _USER_ERRORS = {401, 403, 404}
 class Config(RewardConfig):
     """Section `rewards.unified_reward`."""
 
-    urls: Annotated[tuple[str, ...], Mark.PLACEMENT] = ()
+    urls: Annotated[tuple[str, ...], Mark.PLACEMENT, Field(examples=[["http://127.0.0.1:17140/v1"]])] = ()
     """Base URLs of OpenAI-compatible servers that run already, such as http://10.0.0.7:17140/v1; asked in turn."""
     server: SglangConfig | None = None
     """Start an sglang server instead, which lives as long as the reward is deployed. It says which model scores."""

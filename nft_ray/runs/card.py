@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from nft_ray.config import ClusterConfig, ExperimentConfig, RunConfig, TrackingConfig, dump
+from nft_ray.config import ExperimentConfig, dump, parse, shared
 from nft_ray.downloads.pipelines import NANO, location
 from nft_ray.models.base import family
 from nft_ray.runs.stages import stage_at, stages_of
@@ -22,11 +22,13 @@ def model_card(
 ) -> str:
     """README.md of an exported policy, with the Hub's header. `figures`: the held-out table, or why there is none."""
     name, model = config.run.name, config.model
+    algorithms = {part.algorithm.TAG: part.algorithm for _, _, part in _parts(config, epoch)}
+    trained_with = " and ".join(f"[{one.TITLE}]({one.PAPER})" for one in algorithms.values())
     full = model.tuning == "full"
     header = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", "diffusion-nft"],
+        "tags": [*([] if full else ["lora"]), "diffusers", "text-to-image", "reinforcement-learning", *algorithms],
     }
     if location(model.path) is None:
         header["base_model"] = model.path
@@ -34,7 +36,7 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}: {'all weights of the transformer of' if full else 'a LoRA for'} {model.path}",
-        "Trained online with [DiffusionNFT](https://arxiv.org/abs/2509.16117) by nft_ray "
+        f"Trained online with {trained_with} by nft_ray "
         f"{versions.get('nft_ray', 'of unknown version')}{f', commit {commit}' if commit else ''}. It is the EMA of "
         f"the policy after {epoch} epochs.",
         _facts(config, epoch),
@@ -59,11 +61,8 @@ def model_card(
 
 
 def shareable(config: ExperimentConfig) -> ExperimentConfig:
-    """Without what concerns the machines that it ran on only: folders, ports, the address of a tracking server."""
-    run = config.run.model_copy(update={"root": RunConfig.model_fields["root"].default})
-    scorers = config.scorers.model_copy(update={"http": None})
-    here = {"run": run, "scorers": scorers, "cluster": ClusterConfig(), "tracking": TrackingConfig()}
-    return config.model_copy(update=here)
+    """Without what concerns the machines that it ran on only: folders, addresses, numbers of workers."""
+    return parse(shared(config))
 
 
 def loading_code(config: ExperimentConfig, where: str) -> str:

@@ -61,6 +61,7 @@ class RunFolder:
         """Make the folder this experiment's, or go on in it: what differs says by its marks whether it can.
 
         Other settings of placement are nothing, of rounding one warning, any else a ValueError that lists the keys.
+        ValueError, too, for fewer epochs than are finished.
         """
         target, history = self.path / "config.yaml", self.path / "configs"
         if overwrite and self.path.exists():
@@ -68,13 +69,23 @@ class RunFolder:
         before = _completed(yaml.safe_load(target.read_text())) if target.exists() else None
         if before is not None:
             self._check(before, config)
+        done = self._finished_epochs()
+        if done > config.run.num_epochs:
+            raise ValueError(
+                f"run.num_epochs = {config.run.num_epochs}: {done} epochs are finished in {self.path}; use at least "
+                f"{done}, or replace that run with --overwrite"
+            )
         history.mkdir(parents=True, exist_ok=True)
         if before is not None and not any(history.iterdir()):  # the run began before there was a history
             shutil.copyfile(target, _in_history(history, 0))
         if before != resolved(config):
-            done = whole_checkpoints(self.path / "checkpoints")
-            write_atomically(_in_history(history, _epoch_of(done[-1]) if done else 0), dump(config))
+            write_atomically(_in_history(history, done), dump(config))
         write_atomically(target, dump(config))
+
+    def _finished_epochs(self) -> int:
+        """Of the newest checkpoint."""
+        done = whole_checkpoints(self.path / "checkpoints")
+        return _epoch_of(done[-1]) if done else 0
 
     def _check(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
         after = resolved(config)

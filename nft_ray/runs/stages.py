@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nft_ray.config import ExperimentConfig
+from nft_ray.runs.evaluations import evaluated_epochs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,15 @@ class Stage:
     def results(self, run: Path) -> Path:
         """The folder, within that of the run, under which its evaluations lie: each stage has test lines of its own."""
         return run / "stages" / self.name if self.name else run
+
+    def is_left(self, run: Path, epoch: int) -> bool:
+        """Is there something to train after `epoch` finished epochs, or its end to evaluate?
+
+        A run that is told to end at a checkpoint which it has has no figures there, unless the epoch had its turn.
+        """
+        return epoch < self.last_epoch or (
+            epoch == self.last_epoch and epoch not in evaluated_epochs(self.results(run))
+        )
 
 
 def stages_of(config: ExperimentConfig) -> tuple[Stage, ...]:

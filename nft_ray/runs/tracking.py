@@ -76,13 +76,14 @@ class RunTracker(Tracker):
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
         """Keep the figures for the epoch's line; send the pictures.
 
-        Epoch 0, the base, is a line of its own: the base on the lines of every stage, each when that stage begins.
+        Epoch 0, the base, is a line of its own: the base on the lines of every stage, each when that stage begins. So
+        is added to the line of an epoch that is evaluated later: the run ends there, which was to go on.
         """
         self._evaluated[epoch] = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._mlflow.put(lambda run: run.log_pictures(epoch, result))
-        if epoch == 0:
-            before = self._lines.get(0, {})
-            self._add(0, {name: value for name, value in before.items() if name.startswith("eval/")})
+        if epoch == 0 or epoch in self._lines:
+            before = self._lines.get(epoch, {})
+            self._add(epoch, {name: value for name, value in before.items() if name not in ("epoch", "time")})
 
     def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
         """Write the line of a finished epoch; the metrics of single optimizer steps go to MLflow only."""

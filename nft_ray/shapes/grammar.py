@@ -154,11 +154,6 @@ def test_lines() -> list[Metadata]:
     return _interleave({tag: _fill(split(tag)[1], NUM_TEST_LINES_PER_TAG, f"test/{tag}") for tag in TAGS})
 
 
-def read_lines(path: Path) -> list[Metadata]:
-    """The lines of a prompt file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def words() -> list[str]:
     """Every word of every prompt, sorted: what a tokenizer has to know."""
     return sorted({word for tag in TAGS for line in all_prompts(tag) for word in line["prompt"].split()})

@@ -75,11 +75,6 @@ def save(pipeline: StableDiffusion3Pipeline, path: Path) -> None:
         weights.chmod(0o644)
 
 
-def size_bytes(path: Path = PATH) -> int:
-    """Bytes of all files of the directory."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 def build_tokenizer(known: Sequence[str]) -> CLIPTokenizer:
     """CLIP's own tokenizer in which every known word is one token; any other word falls apart into letters."""
     vocabulary, merges = _vocabulary(known)

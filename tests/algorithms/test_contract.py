@@ -80,6 +80,12 @@ def test_its_section_is_checked_by_its_own_config(name: str) -> None:
             example_config(algorithm={**section, field: -1})
 
 
+def test_it_has_a_title_a_tag_and_a_paper_of_its_own() -> None:
+    said = [(of.TITLE, of.TAG, of.PAPER) for of in (config_class({"name": name}) for name in NAMES)]
+    assert all(len(set(column)) == len(NAMES) for column in zip(*said, strict=True))
+    assert all(tag == tag.lower().replace(" ", "-") and paper.startswith("https://") for _, tag, paper in said)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.name = 'nfd': unknown; did you mean nft\?"):
         example_config(algorithm={"name": "nfd"})

@@ -18,12 +18,13 @@ from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.cores.publish import announced
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
+from nft_ray.models.lora import export_lora, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.rewards.base import Scores
 from nft_ray.seeding import evaluation_seed
 from nft_ray.types import AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.examples import QUICKSTART, SMALL, example_config
+from tests.models.tiny import numpy_weights
 
 SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
 TEXTS = ["a photo of a circle", "a photo of two crosses", "a photo of a red square", "a photo of a blue star", "x"]
@@ -264,6 +265,18 @@ def test_where_every_reward_has_a_place_it_stays() -> None:
     assert places("sd3_multi_reward.yaml", *on_cpu) == {"aesthetic": (1, 0)}
     other = ("--rewards", "aesthetic", "--set", "rewards.aesthetic.dtype=bfloat16")
     assert places("sd3_multi_reward.yaml", *other) == {"aesthetic": (1, 1.0)}, "that says nothing of a place"
+
+
+def test_a_setting_that_says_nothing_of_a_place_takes_none_away() -> None:
+    asked = ("--rewards", "geneval,pickscore")
+    strict = ("--set", "rewards.geneval.credit=strict")
+    assert places("sd3_geneval.yaml", *asked, *strict) == places("sd3_geneval.yaml", *asked) != {}
+    whole = ("--set", "rewards.pickscore={num_gpus: 0.25}")
+    assert places("sd3_geneval.yaml", *asked, *whole) == {"geneval": (1, 1.0), "pickscore": (1, 0.25)}
+    twice = ("--set", "rewards.geneval.num_gpus=0.4", "--set", "rewards.geneval.num_replicas=2")
+    assert places("sd3_geneval.yaml", *asked, *twice, *whole) == {"geneval": (2, 0.4), "pickscore": (1, 0.25)}
+    with pytest.raises(ValueError, match=r"say it: --set rewards.pickscore.num_gpus=0.2"):
+        places("sd3_geneval.yaml", *asked, *twice)
 
 
 def test_without_gpus_everything_runs_on_cpus() -> None:

@@ -8,7 +8,9 @@ import yaml
 
 from nft_ray.cli.main import main
 from nft_ray.runs import tracking
-from nft_ray.runs.checkpoint import whole_checkpoints
+from nft_ray.runs.checkpoint import RunFolder, whole_checkpoints
+from nft_ray.runs.evaluations import evaluated_epochs
+from nft_ray.types import LearnerState
 from tests.examples import QUICKSTART, SMALL
 
 Train = Callable[..., int]
@@ -51,3 +53,40 @@ def test_a_stopped_run_goes_on_as_the_marks_say(
     error = capsys.readouterr().err
     assert "exists in" in error
     assert "(differs in: algorithm.beta = 0.15 there, 0.3 here)" in error
+
+
+def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without figures there: it was to go on. Its last epoch is evaluated all the same, and nothing trained again."""
+    run, save = tmp_path / "quickstart", RunFolder.save
+
+    def stopped(folder: RunFolder, epoch: int, state: LearnerState) -> Path:
+        path = save(folder, epoch, state)
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save", stopped)
+        assert train("run.num_epochs=4", "evaluation.every=10") != 0
+    assert evaluated_epochs(run) == [0]
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    capsys.readouterr()
+
+    assert train("run.num_epochs=1", "evaluation.every=10") == 1
+    error = capsys.readouterr().err
+    assert "run.num_epochs = 1: 2 epochs are finished in" in error
+    assert "use at least 2" in error
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+    checkpoint = whole_checkpoints(run / "checkpoints")[-1]
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    assert whole_checkpoints(run / "checkpoints")[-1] == checkpoint
+    assert evaluated_epochs(run) == [0, 2]
+    assert (run / "table.txt").read_text() in capsys.readouterr().out
+    last = tracking.read_metrics(run)[-1]
+    assert last["epoch"] == 2
+    assert {name.split("/")[0] for name in last} >= {"eval", "rollout", "reward", "nft", "time"}
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    assert "is finished" in capsys.readouterr().out

@@ -64,7 +64,16 @@ def test_the_mark_of_a_path(config: ExperimentConfig, key: str, mark: str) -> No
 
 @pytest.mark.parametrize(
     "key",
-    ["gone", "gone.key", "sampler.gone", "rewards.gone", "rewards.gone.num_cpus", "rewards", "stages.7.learner.x"],
+    [
+        "gone",
+        "gone.key",
+        "sampler.gone",
+        "rewards.gone",
+        "rewards.gone.num_cpus",
+        "rewards",
+        "stages.7.learner.x",
+        "stages.x.sampler.num_workers",
+    ],
 )
 def test_what_nothing_is_known_of_is_a_result(config: ExperimentConfig, key: str) -> None:
     assert mark_of(config, key) is Mark.RESULT

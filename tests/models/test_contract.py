@@ -14,11 +14,11 @@ from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import check_model, families, family, load_model, repeat
-from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights
+from nft_ray.models.lora import attach, export_lora, random_weights
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
-from tests.models.tiny import KINDS, OF_EACH_FAMILY, tiny_model
+from tests.models.tiny import KINDS, OF_EACH_FAMILY, numpy_weights, tiny_model
 
 CPU = torch.device("cpu")
 NANO = ModelConfig()

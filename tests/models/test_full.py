@@ -9,10 +9,9 @@ import torch
 from nft_ray.config import parse
 from nft_ray.models.base import load_model
 from nft_ray.models.full import export_transformer, random_change, replaced, train_all
-from nft_ray.models.lora import numpy_weights
 from nft_ray.types import Weights
 from tests.models.test_contract import experiment, our_images, plain_images, plain_pipeline
-from tests.models.tiny import OF_EACH_FAMILY, tiny_model
+from tests.models.tiny import OF_EACH_FAMILY, numpy_weights, tiny_model
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("kind", OF_EACH_FAMILY)

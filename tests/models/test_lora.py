@@ -19,7 +19,6 @@ from nft_ray.models.lora import (
     attach,
     export_lora,
     merged,
-    numpy_weights,
     random_weights,
     unmerged,
 )
@@ -27,6 +26,7 @@ from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest
 from tests.examples import example_config
+from tests.models.tiny import numpy_weights
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8)

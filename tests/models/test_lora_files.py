@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from nft_ray.config import LoraConfig, ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import export_lora, numpy_weights, peft_config, random_weights, read_lora
+from nft_ray.models.lora import export_lora, peft_config, random_weights, read_lora
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.types import Weights
+from tests.models.tiny import numpy_weights
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=6, alpha=9, targets=("attn.to_q", "attn.to_out.0"))

@@ -11,10 +11,11 @@ from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.models.base import check_model, load_model
-from nft_ray.models.lora import attach, export_lora, numpy_weights, random_weights, read_lora
+from nft_ray.models.lora import attach, export_lora, random_weights, read_lora
 from nft_ray.models.resolve import resolve
 from nft_ray.types import Weights
 from tests.examples import example_config
+from tests.models.tiny import numpy_weights
 
 CPU = torch.device("cpu")
 OWN = LoraConfig(rank=6, alpha=9, targets=("attn.to_q", "attn.to_v"))

@@ -10,7 +10,7 @@ milliseconds. Weights are random but not small: prompts and LoRAs change the ima
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,16 @@ from transformers import (
 
 from nft_ray.config import ModelConfig
 from nft_ray.shapes.pipeline import build_tokenizer
+from nft_ray.types import Weights
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"-()>"
 WORDS = ("a", "photo", "of", "two", "red", "blue", "circle", "circles", "square", "dog")
 TOKENS = 12
+
+
+def numpy_weights(parameters: Mapping[str, torch.Tensor]) -> Weights:
+    """A float32 copy on the host, by wire name."""
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in parameters.items()}
 
 
 def tiny_model(kind: str, folder: Path, **changes: Any) -> ModelConfig:

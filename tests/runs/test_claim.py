@@ -15,9 +15,14 @@ from tests.runs.states import learner_state, names
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 
 
+def long_config(*overrides: str) -> ExperimentConfig:
+    """An experiment with more epochs than these checkpoints have."""
+    return example_config("run.num_epochs=9", *overrides)
+
+
 class TestClaim:
     def test_a_fresh_folder_gets_the_resolved_config(self, tmp_path: Path) -> None:
-        config = example_config()
+        config = long_config()
         assert not (tmp_path / "a").exists()
         RunFolder(tmp_path / "a" / "b").claim(config)
         assert yaml.safe_load((tmp_path / "a" / "b" / "config.yaml").read_text()) == resolved(config)
@@ -25,25 +30,25 @@ class TestClaim:
     def test_the_same_config_goes_on(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
         for _ in range(2):
-            folder.claim(example_config("learner.learning_rate=1e-7"))  # the numbers survive the YAML
+            folder.claim(long_config("learner.learning_rate=1e-7"))  # the numbers survive the YAML
             folder.save(6, learner_state())
         assert names(folder) == ["epoch-000006"]
 
     def test_a_run_from_before_a_field_was_there_goes_on(self, tmp_path: Path) -> None:
-        folder, config = RunFolder(tmp_path), example_config()
+        folder, config = RunFolder(tmp_path), long_config()
         folder.claim(config)
         before = resolved(config)
         del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
         with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction = 1\.0 there, 0\.5 here\)"):
-            folder.claim(example_config("algorithm.kl_fraction=0.5"))
+            folder.claim(long_config("algorithm.kl_fraction=0.5"))
         folder.claim(config)
         assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == resolved(config)
 
     @pytest.mark.parametrize(
         "override",
         [
-            "run.num_epochs=9",
+            "run.num_epochs=12",
             "run.root=elsewhere",
             "run.keep_checkpoints=5",
             "run.checkpoint_every=3",
@@ -61,9 +66,9 @@ class TestClaim:
         self, tmp_path: Path, override: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = RunFolder(tmp_path)
-        folder.claim(example_config())
+        folder.claim(long_config())
         folder.save(6, learner_state())
-        folder.claim(example_config(override))
+        folder.claim(long_config(override))
         assert names(folder) == ["epoch-000006"]
         assert not caplog.records
         key, _, value = override.partition("=")
@@ -73,8 +78,8 @@ class TestClaim:
     def test_with_another_rounding_it_goes_on_with_one_warning(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        folder, other = RunFolder(tmp_path), example_config("model.dtype=bfloat16", "sampler.lora=merged")
-        folder.claim(example_config())
+        folder, other = RunFolder(tmp_path), long_config("model.dtype=bfloat16", "sampler.lora=merged")
+        folder.claim(long_config())
         for _ in range(2):  # the second time nothing is new
             folder.claim(other)
         (record,) = caplog.records
@@ -97,25 +102,25 @@ class TestClaim:
         with pytest.raises(ValueError, match=r"differs in: stages.0.algorithm.beta = None there, 0.3 here\)"):
             folder.claim(staged({"algorithm": {"beta": 0.3}}))
         with pytest.raises(ValueError, match=r"differs in: stages = \["):
-            folder.claim(example_config())
+            folder.claim(long_config())
 
     def test_every_configuration_is_kept_with_the_epoch_it_began_at(self, tmp_path: Path) -> None:
         def history() -> dict[str, Any]:
             return {file.name: yaml.safe_load(file.read_text()) for file in sorted(tmp_path.glob("configs/*"))}
 
-        folder, other = RunFolder(tmp_path), example_config("learner.num_workers=3")
-        folder.claim(example_config())
-        assert history() == {"epoch-000000.yaml": resolved(example_config())}
+        folder, other = RunFolder(tmp_path), long_config("learner.num_workers=3")
+        folder.claim(long_config())
+        assert history() == {"epoch-000000.yaml": resolved(long_config())}
         folder.save(6, learner_state())
-        folder.claim(example_config())  # nothing changed
+        folder.claim(long_config())  # nothing changed
         folder.claim(other)
         assert history() == {
-            "epoch-000000.yaml": resolved(example_config()),
+            "epoch-000000.yaml": resolved(long_config()),
             "epoch-000006.yaml": resolved(other),
         }
         shutil.rmtree(tmp_path / "configs")  # as in a run from before it was kept
         folder.save(8, learner_state(8))
-        folder.claim(example_config())
+        folder.claim(long_config())
         assert list(history()) == ["epoch-000000.yaml", "epoch-000008.yaml"]
         assert history()["epoch-000000.yaml"] == resolved(other)
 
@@ -123,7 +128,7 @@ class TestClaim:
         ("overrides", "keys"),
         [
             (["run.seed=1"], "run.seed = 0 there, 1 here"),
-            (["run.num_epochs=9", "model.lora.rank=2"], "model.lora.rank = 4 there, 2 here"),
+            (["run.num_epochs=12", "model.lora.rank=2"], "model.lora.rank = 4 there, 2 here"),
             (["learner.num_workers=9", "algorithm.beta=0.3"], "algorithm.beta = 0.15 there, 0.3 here"),
             (
                 ["learner.betas=[0.8,0.9]", "algorithm.kl_weight=1"],
@@ -135,34 +140,45 @@ class TestClaim:
     )
     def test_another_experiment_is_refused_by_its_keys(self, tmp_path: Path, overrides: list[str], keys: str) -> None:
         folder = RunFolder(tmp_path)
-        folder.claim(example_config())
+        folder.claim(long_config())
         folder.save(6, learner_state())
         before = (tmp_path / "config.yaml").read_text()
         with pytest.raises(ValueError, match=r"^run quickstart exists in .*--set run\.name=.*--overwrite$") as error:
-            folder.claim(example_config(*overrides))
+            folder.claim(long_config(*overrides))
         assert f"(differs in: {keys}" in str(error.value)
         assert "\n" not in str(error.value)
         assert (tmp_path / "config.yaml").read_text() == before
         assert names(folder) == ["epoch-000006"]
 
     def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
-        RunFolder(tmp_path).claim(example_config())
+        RunFolder(tmp_path).claim(long_config())
         learner = [f"learner.{key}" for key in ("learning_rate=9", "weight_decay=9", "max_grad_norm=9")]
         others = [f"algorithm.{key}" for key in ("beta=9", "kl_weight=9", "advantage_clip=9", "ema_decay=0.1")]
         with pytest.raises(ValueError, match=r"differs in: algorithm\..*prompts\.groups_per_epoch = .*; \.\.\.\)"):
-            RunFolder(tmp_path).claim(example_config("run.seed=3", "prompts.groups_per_epoch=9", *learner, *others))
+            RunFolder(tmp_path).claim(long_config("run.seed=3", "prompts.groups_per_epoch=9", *learner, *others))
 
     def test_overwrite_begins_anew(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / "run")
         (tmp_path / "other").mkdir()
-        folder.claim(example_config())
+        folder.claim(long_config())
         folder.save(6, learner_state())
-        folder.claim(example_config("run.seed=1"), overwrite=True)
+        folder.claim(long_config("run.seed=1"), overwrite=True)
         assert folder.latest() is None
         assert sorted(path.name for path in folder.path.rglob("*.yaml")) == ["config.yaml", "epoch-000000.yaml"]
         assert (tmp_path / "other").is_dir()
-        RunFolder(tmp_path / "new").claim(example_config(), overwrite=True)  # nothing there to replace
+        RunFolder(tmp_path / "new").claim(long_config(), overwrite=True)  # nothing there to replace
         assert (tmp_path / "new" / "config.yaml").exists()
+
+    def test_fewer_epochs_than_are_finished_are_refused_before_anything_is_written(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.claim(long_config())
+        folder.save(6, learner_state())
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=r"^run\.num_epochs = 5: 6 epochs are finished in .*; use at least 6, or"):
+            folder.claim(long_config("run.num_epochs=5"))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        folder.claim(long_config("run.num_epochs=6"))
+        folder.claim(long_config("run.num_epochs=5"), overwrite=True)
 
 
 class TestRunRoot:

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from nft_ray.config import ModelConfig
 from nft_ray.downloads.pipelines import location
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import attach, numpy_weights, random_weights
+from nft_ray.models.lora import attach, random_weights
 from nft_ray.models.sd3 import LORA_TARGETS
 from nft_ray.runs.export import export_merged, stored_dtype
 from tests.examples import example_config
+from tests.models.tiny import numpy_weights
 
 
 def test_a_merge_into_16_bit_is_rounded_once_from_float32(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ def test_the_files_are_what_the_code_generates() -> None:
 
 
 def test_every_tag_has_its_lines() -> None:
-    assert Counter(line["tag"] for line in grammar.read_lines(grammar.TEST_PATH)) == dict.fromkeys(TAGS, 80)
-    assert Counter(line["tag"] for line in grammar.read_lines(grammar.TRAIN_PATH)) == grammar.NUM_TRAIN_LINES
+    assert Counter(line["tag"] for line in grammar.test_lines()) == dict.fromkeys(TAGS, 80)
+    assert Counter(line["tag"] for line in grammar.train_lines()) == grammar.NUM_TRAIN_LINES
     assert Counter(line["tag"] for line in grammar.pretraining_lines()) == dict.fromkeys(TAGS, 480)
 
 
 @pytest.mark.parametrize("tag", HELD_OUT_TAGS)
 def test_no_held_out_combination_is_trained_on(tag: str) -> None:
-    train = {combination(line) for line in grammar.read_lines(grammar.TRAIN_PATH) if line["tag"] == tag}
-    test = {combination(line) for line in grammar.read_lines(grammar.TEST_PATH) if line["tag"] == tag}
+    train = {combination(line) for line in grammar.train_lines() if line["tag"] == tag}
+    test = {combination(line) for line in grammar.test_lines() if line["tag"] == tag}
     assert not train & test
     everything = {combination(line) for line in grammar.all_prompts(tag)}
     assert 0.15 <= len(grammar.held_out(tag)) / len(everything) <= 0.25
@@ -34,7 +34,7 @@ def test_no_held_out_combination_is_trained_on(tag: str) -> None:
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_train_prompts_of_a_tag_are_equally_frequent(tag: str) -> None:
-    counts = Counter(line["prompt"] for line in grammar.read_lines(grammar.TRAIN_PATH) if line["tag"] == tag)
+    counts = Counter(line["prompt"] for line in grammar.train_lines() if line["tag"] == tag)
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
