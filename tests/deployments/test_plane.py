@@ -209,6 +209,7 @@ def test_attaching_uses_what_is_there_and_owns_nothing(plane: str, port: int) ->
     assert score(3)[0] == 3  # still the one of NamedRewards
 
 
+@pytest.mark.slow
 def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int) -> None:
     from ray import serve
 
@@ -223,6 +224,7 @@ def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int
     assert list(serve.status().applications) == [f"reward-{REWARD}"]
 
 
+@pytest.mark.slow
 def test_of_two_jobs_that_start_together_one_deploys_and_the_other_attaches(plane: str, port: int) -> None:
     from deployments.build import deploy
     from deployments.plane import delete
@@ -283,6 +285,7 @@ def test_a_port_in_use_is_one_line() -> None:
             check_port(HttpConfig(port=number))
 
 
+@pytest.mark.slow
 def test_a_python_without_ray_is_refused_before_serve_waits_for_it(plane: str, port: int, tmp_path: Path) -> None:
     from deployments.build import check_py_executable, deploy
 

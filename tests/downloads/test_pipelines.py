@@ -217,6 +217,7 @@ def test_a_blob_whose_process_died_before_it_was_linked_is_linked(hub: Hub) -> N
     assert not hub.sent
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_downloads(hub: Hub, tmp_path: Path) -> None:
     hub.chunk_s = 0.15
     both = [client(hub, tmp_path) for _ in range(2)]
