@@ -28,10 +28,10 @@ quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system 
 oracles: setup # the environments that cannot share .venv: open_clip, and published code to compare with
 	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
 
-test: setup ## what must hold before a change lands, about 8 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
+test: setup ## what must hold before a change lands, 8 to 11 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
 	$(BIN)/python -m pytest -m "not large" -W ignore $(ARGS)
 
-test-all: oracles ## and what is at real size or needs an oracle's environment, about 30 minutes
+test-all: oracles ## and what is at real size or needs an oracle's environment, 11 to 15 minutes
 	$(BIN)/python -m pytest -m "" -W ignore $(ARGS)
 
 check: setup ## style, format, types, length, who imports whom (the contracts in pyproject.toml)
