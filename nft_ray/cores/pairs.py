@@ -55,7 +55,7 @@ def gather(
 ) -> PairBatch:
     """The tensors of rows (group, sample, time); conditioning in `dtype`. Nothing here waits for the device.
 
-    With `size`, the last row is repeated, with weight 0, until there are that many: compiled blocks know one size.
+    With `size`, the last row is repeated, `filled` 0, until there are that many: compiled blocks know one size.
     """
     filled = np.ones(size or len(rows), dtype=np.float32)
     filled[len(rows) :] = 0
