@@ -20,6 +20,21 @@ from nft_ray.types import (
 )
 
 
+class ObjectsLostError(RuntimeError):
+    """What rollouts left on a node is gone with it; they can be made again, bit for bit, from their requests.
+
+    group_ids: of those groups; empty where it is the rollout that the call was about.
+    """
+
+    def __init__(self, message: str, group_ids: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.group_ids = group_ids
+
+
+class StateLostError(RuntimeError):
+    """The learners started anew and the newest finished epoch is nowhere any more: the newest checkpoint is."""
+
+
 class Samplers(Protocol):
     """A pool of samplers: any of them can serve any request, none keeps anything that cannot be sent again."""
 
@@ -43,12 +58,18 @@ class Scorers(Protocol):
     """Every reward of the experiment, asked at once."""
 
     async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
-        """Scores of the rollout's images; what could not be had within deadline and retries is missing (NaN)."""
+        """Scores of the rollout's images; what could not be had within deadline and retries is missing (NaN).
+
+        Raises ObjectsLostError where the images are lost: that is no missing reward.
+        """
         ...
 
 
 class Learners(Protocol):
-    """The data-parallel group that owns the trained policy. It fails together and is restored together."""
+    """The data-parallel group that owns the trained policy. It fails together and is restored together.
+
+    Every call may raise StateLostError: the group lives again, and waits for `restore`.
+    """
 
     @property
     def size(self) -> int: ...
@@ -65,7 +86,12 @@ class Learners(Protocol):
         """The versions that rollouts may still ask for, oldest first."""
         ...
 
-    async def update(self, batch: Batch) -> UpdateResult: ...
+    async def update(self, batch: Batch) -> UpdateResult:
+        """One epoch. ObjectsLostError with the ids of the lost groups: nothing has changed, and it may be asked again.
+
+        The batch may be split for another `size` than the group has now.
+        """
+        ...
 
 
 class Tracker(Protocol):

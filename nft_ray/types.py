@@ -73,13 +73,17 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInfo:
-    """What the driver learns of a rollout: scalars. `num_bytes` goes through the object store: images and samples."""
+    """What the driver learns of a rollout: scalars. `num_bytes` goes through the object store: images and samples.
+
+    non_finite: the images, by their place in the request, of which an x0 or a velocity is NaN or infinite.
+    """
 
     epoch: int
     policy_version: int
     worker: str
     seconds: float
     num_bytes: int
+    non_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,20 +211,25 @@ class LoadReceipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """After one epoch's update: `version` counts finished updates, `steps` one dict of metrics per optimizer step."""
+    """After one epoch's update: `version` counts finished updates, `steps` one dict of metrics per optimizer step.
+
+    skipped_steps: those that were left out because their gradient was not finite.
+    """
 
     version: int
     num_optimizer_steps: int
     metrics: dict[str, float]
     steps: tuple[dict[str, float], ...]
     adapters: Adapters
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerState:
     """Everything a learner needs to go on. `versions`: old-policy weights by version, `max_staleness + 1` of them.
 
-    optimizer: "exp_avg/NAME", "exp_avg_sq/NAME" -> f32 arrays and "step/NAME" -> f32 scalar.
+    optimizer: "exp_avg/NAME", "exp_avg_sq/NAME" -> f32 arrays and "step/NAME" -> f32 scalar. loss_scale: of float16
+    gradients, as it had become; None = as it begins.
     """
 
     version: int
@@ -229,6 +238,7 @@ class LearnerState:
     ema: Weights
     versions: dict[int, AdapterWeights]
     optimizer: dict[str, np.ndarray]
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,10 +30,18 @@ class RunConfig(Section):
     """0: the published algorithm. 1: the rollouts of the next epoch overlap this epoch's update."""
     root: Annotated[str, Mark.PLACEMENT] = "runs"
     """Folder of all runs; NFT_RAY_RUNS overrides it. Made absolute; see `nft_ray.runs.checkpoint.run_root`."""
-    checkpoint_every: Annotated[Positive, Mark.PLACEMENT] = 10
-    """Epochs between checkpoints; the last epoch always makes one."""
+    checkpoint_every: Annotated[Positive, Mark.PLACEMENT] = 1
+    """Epochs between checkpoints, which are what a killed run can lose; the last epoch always makes one. Written beside
+    the next rollouts."""
+    checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)] | None, Mark.PLACEMENT] = None
+    """An epoch that ends so long after the last checkpoint makes one, too; null = only `checkpoint_every` counts."""
     keep_checkpoints: Annotated[Positive, Mark.PLACEMENT] = 2
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay, beside the best one that was evaluated."""
+    max_epochs_without_signal: Annotated[Positive | None, Mark.PLACEMENT] = 5
+    """Epochs in a row in which all images of every group earn the same before the run stops; null = it goes on."""
+    max_skipped_epochs: Annotated[Positive, Mark.PLACEMENT] = 3
+    """Epochs in a row with a gradient that is not finite before the run goes back to the last good one; the next time
+    it stops."""
 
 
 class ClusterConfig(Section):
@@ -143,6 +151,10 @@ class WorkersConfig(Section):
 
 
 class SamplerConfig(WorkersConfig):
+    min_workers: Annotated[Positive | None, Mark.PLACEMENT] = None
+    """The run starts, and goes on, with so many; the others join when there is room. null = it starts with all."""
+    max_workers: Annotated[Positive | None, Mark.PLACEMENT] = None
+    """Room that appears is used, an epoch later, up to so many workers. null = `num_workers`."""
     solver: Solver = "euler"
     """Solver of training rollouts."""
     num_steps: Positive = 10
@@ -168,6 +180,13 @@ class SamplerConfig(WorkersConfig):
 
 
 class LearnerConfig(WorkersConfig):
+    min_workers: Annotated[Positive | None, Mark.PLACEMENT] = None
+    """With so many the group may start again where a node is gone; any number gives the same update to 1e-5.
+    null = `num_workers`."""
+    max_restarts: Annotated[int, Field(ge=0), Mark.PLACEMENT] = 3
+    """How often within `restart_window_s` the group may start again before the run stops."""
+    restart_window_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 3600.0
+    """Seconds after which a restart is forgotten."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Of AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -222,6 +241,8 @@ class ScorersConfig(Section):
     """How often a call is made before the reward is missing."""
     max_in_flight: Annotated[Positive, Mark.PLACEMENT] = 16
     """Calls per reward at once (a call scores one group)."""
+    monitor_timeout_s: Annotated[float, Field(gt=0), Mark.PLACEMENT] = 120.0
+    """Deadline of one call of a reward that is `eval_only`; training waits for none of them."""
     combine: Literal["sum", "normalized"] = "sum"
     """Advantages are of the weighted sum of the rewards, or the weighted mean of each reward's own."""
 
