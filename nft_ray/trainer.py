@@ -8,9 +8,11 @@ and scalars; it knows no Ray and no torch.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from nft_ray.algorithms.base import build_algorithm
@@ -18,10 +20,14 @@ from nft_ray.algorithms.batch import make_batch
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.held_out import evaluate_epoch
 from nft_ray.prompts.draw import PromptSet, epoch_requests
-from nft_ray.roles import Roles, Tracker
+from nft_ray.roles import Roles, StateLostError, Tracker
 from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.runs.evaluations import evaluated_epochs
+from nft_ray.runs.health import Health, NotFiniteError
+from nft_ray.runs.saving import Finished, Saving
 from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -45,15 +51,33 @@ class Trainer:
         self.algorithm = build_algorithm(config.algorithm)
         self.samplers, self.scorers, self.learners = roles.samplers, roles.scorers, roles.learners
         self.folder, self.tracker = folder, tracker
-        self.train, self.test = train, test
+        self.train_prompts, self.test_prompts = train, test
+        self.saving, self.health = Saving(folder, config.run), Health(config.run)
+        self.finished: Finished | None = None  # the newest epoch whose state is here
+        self.good: Finished | None = None  # the newest in which everything was finite
+        self.went_back_from = -1
 
     async def run(self) -> None:
-        start = next_epoch = await self.restore()  # finished epochs; 0 when fresh
+        epoch = await self.restore()
+        try:
+            await self.evaluate_what_is_missing(epoch)
+            while epoch < self.cfg.run.num_epochs:
+                try:
+                    epoch = await self.train(epoch)
+                except StateLostError as lost:
+                    logger.warning("%s; the run goes back to its newest checkpoint", lost)
+                    epoch = await self.restore()
+                except NotFiniteError as bad:
+                    epoch = await self.go_back(bad)
+            await self.saving.done()
+        except BaseException:
+            await self.saving.keep(self.finished)  # SIGTERM, too: what is finished is not lost
+            raise
+
+    async def train(self, start: int) -> int:
+        """Every epoch that is left after `start` finished ones; returns how many are finished then."""
         rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
-        if start == self.first_epoch:
-            await self.evaluate(0, None)
-        if start == self.cfg.run.num_epochs and start not in evaluated_epochs(self.folder.results):
-            await self.evaluate(start, (await self.learners.adapters())[-1])  # it was to go on, and ends here
+        next_epoch = start
         try:
             for epoch in range(start, self.cfg.run.num_epochs):
                 started = time.perf_counter()
@@ -64,26 +88,57 @@ class Trainer:
                 collected = time.perf_counter()
                 batch = self.make_batch(groups)
                 update = await self.learners.update(batch)
+                finished = await self.take_state(epoch + 1)  # before the next rollouts: they may need the devices
                 await self.samplers.load(update.adapters)  # by reference, acknowledged by checksum
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
-                await self.maybe_evaluate(epoch + 1, update.adapters)
                 metrics = rollout_metrics(groups) | batch.metrics | update.metrics | times
                 self.tracker.log_epoch(epoch + 1, metrics, update.steps)
+                self.finished = finished or self.finished
+                good = self.health.check(epoch + 1, groups, batch, update)
+                self.good = self.finished if good else self.good
                 await self.maybe_save(epoch + 1)  # a checkpoint is a finished epoch
+                await self.maybe_evaluate(epoch + 1, update.adapters)
         finally:
             for task in rollouts:
                 task.cancel()
             await asyncio.gather(*rollouts, return_exceptions=True)
+        return self.cfg.run.num_epochs
 
     async def restore(self) -> int:
-        """Go on from the latest checkpoint; publish what rollouts may ask for, after proof that a load is felt."""
-        checkpoint = self.folder.latest()
+        """Go on from the newest checkpoint; nothing is one, too. Returns the number of finished epochs."""
+        await self.saving.done()
+        checkpoint = await asyncio.to_thread(self.folder.latest)
+        if checkpoint is None and self.finished is not None:
+            raise RuntimeError("there is no checkpoint yet to go back to: run the same command to begin again")
         if checkpoint is not None:
             await self.learners.restore(checkpoint.state)
+        return await self.publish(checkpoint.epoch if checkpoint else 0)
+
+    async def go_back(self, bad: NotFiniteError) -> int:
+        """To the last good epoch, with float16's loss scale as it is by now. A second time at one place is the last."""
+        if self.good is None or self.finished is None or bad.epoch <= self.went_back_from:
+            raise bad
+        logger.warning("%s; the run goes back to epoch %d, once", bad, self.good.epoch)
+        self.went_back_from = bad.epoch
+        await self.saving.done()
+        await self.learners.restore(replace(self.good.state, loss_scale=self.finished.state.loss_scale))
+        return await self.publish(self.good.epoch)
+
+    async def publish(self, epoch: int) -> int:
+        """What rollouts may ask for after so many finished epochs, once it is proved that a load is felt."""
+        self.tracker.rewind(epoch)
         await self.samplers.load(await self.learners.probe())
         for adapters in await self.learners.adapters():
             await self.samplers.load(adapters)
-        return checkpoint.epoch if checkpoint else 0
+        self.finished = self.good = await self.take_state(epoch)
+        self.saving.saved(epoch)
+        return epoch
+
+    async def take_state(self, epoch: int) -> Finished | None:
+        """The learners' state after every epoch. Of a whole transformer it is tens of GB: only where it is saved."""
+        if self.cfg.model.tuning == "lora" or self.saving.due(epoch):
+            return Finished(epoch=epoch, state=await self.learners.state())
+        return None
 
     async def collect(self, epoch: int) -> list[ScoredGroup]:
         """Every group of an epoch, sampled with its pinned policy version and scored as soon as it is there.
@@ -91,7 +146,7 @@ class Trainer:
         In the order of the requests. The first failure cancels the rest: nothing goes on behind it.
         """
         version, done = max(0, epoch - self.cfg.run.max_staleness), 0
-        requests = epoch_requests(self.train, self.cfg, epoch=epoch, policy_version=version)
+        requests = epoch_requests(self.train_prompts, self.cfg, epoch=epoch, policy_version=version)
 
         async def roll_out_and_score(request: RolloutRequest) -> ScoredGroup:
             nonlocal done
@@ -108,6 +163,14 @@ class Trainer:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
+    async def evaluate_what_is_missing(self, epoch: int) -> None:
+        """The base model, and the epoch that the run goes on from, where they have no figures (any more)."""
+        there = evaluated_epochs(self.folder.results)
+        if epoch == self.first_epoch or 0 not in there:
+            await self.evaluate(0, None)
+        if epoch > self.first_epoch and epoch not in there:
+            await self.maybe_evaluate(epoch, (await self.learners.adapters())[-1])
+
     async def maybe_evaluate(self, epoch: int, adapters: Adapters) -> None:
         if epoch % self.cfg.evaluation.every == 0 or epoch == self.cfg.run.num_epochs:
             await self.evaluate(epoch, adapters)
@@ -118,7 +181,7 @@ class Trainer:
         result = await evaluate_epoch(
             self.cfg,
             self.roles,
-            self.test,
+            self.test_prompts,
             self.folder.results,
             epoch=epoch,
             adapters=adapters,
@@ -140,9 +203,8 @@ class Trainer:
         )
 
     async def maybe_save(self, epoch: int) -> None:
-        if epoch % self.cfg.run.checkpoint_every == 0 or epoch == self.cfg.run.num_epochs:
-            state = await self.learners.state()
-            await asyncio.to_thread(self.folder.save, epoch, state)
+        if self.finished is not None and self.finished.epoch == epoch and self.saving.due(epoch):
+            await self.saving.start(self.finished)
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -213,7 +213,8 @@ class LoadReceipt:
 class UpdateResult:
     """After one epoch's update: `version` counts finished updates, `steps` one dict of metrics per optimizer step.
 
-    skipped_steps: those that were left out because their gradient was not finite.
+    skipped_steps: those that were left out because their gradient was not finite; culprits: ids of the groups whose
+    loss was not.
     """
 
     version: int
@@ -222,6 +223,7 @@ class UpdateResult:
     steps: tuple[dict[str, float], ...]
     adapters: Adapters
     skipped_steps: int = 0
+    culprits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

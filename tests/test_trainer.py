@@ -15,7 +15,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
-from nft_ray.roles import Roles
+from nft_ray.roles import Roles, StateLostError
 from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
@@ -98,6 +98,28 @@ class World:
         return dataclasses.replace(adapters, weights=weights)
 
 
+class SickWorld(World):
+    """Its gradient is not finite in epochs `sick`, each so many times; its rewards are alike in epochs `flat`."""
+
+    def __init__(
+        self, config: ExperimentConfig, sick: dict[int, int] | None = None, flat: set[int] | None = None
+    ) -> None:
+        super().__init__(config)
+        self.sick, self.flat = sick or {}, flat or set()
+
+    async def update(self, batch: Batch) -> UpdateResult:
+        result = await super().update(batch)
+        if not self.sick.get(batch.epoch):
+            return result
+        self.sick[batch.epoch] -= 1
+        return dataclasses.replace(result, skipped_steps=1, culprits=(batch.shards[0][0].group_id,))
+
+    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+        if request.epoch in self.flat:
+            rollout = dataclasses.replace(rollout, images=np.zeros_like(rollout.images))
+        return await super().score(request, rollout)
+
+
 class Diary:
     """A tracker that keeps what it is told."""
 
@@ -133,8 +155,9 @@ def train(
     survive: int = 0,
     first_epoch: int = 0,
     results: Path | None = None,
+    world: World | None = None,
 ) -> tuple[World, Diary]:
-    world, tracker = World(config, fail_at, survive), Diary()
+    world, tracker = world or World(config, fail_at, survive), Diary()
     roles: Any = Roles(samplers=world, scorers=world, learners=world)
     prompts, place = PromptSet(lines=LINES), RunFolder(folder, results=results)
     asyncio.run(Trainer(config, roles, place, tracker, prompts, prompts, first_epoch=first_epoch).run())
@@ -213,9 +236,10 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> N
     resumed, tracker = train(config_for(), tmp_path / "broken")
     assert lines_drawn(straight, 2) == list(range(20))
     assert lines_drawn(resumed, 0) == [], "the base was finished"
+    assert tracker.epochs == [3, 4], "the epoch was saved before it was evaluated"
     assert set(kept) >= set(range(8, 16))
     assert lines_drawn(resumed, 2) == [line for line in range(20) if line not in kept]
-    for epoch in (0, 2, 4):
+    for epoch in (2, 4):
         found, before = tracker.evaluations[epoch], wanted.evaluations[epoch]
         assert (found.metrics, found.counts, found.right) == (before.metrics, before.counts, before.right)
         assert sorted(found.images) == list(range(8))
@@ -235,14 +259,17 @@ def test_an_evaluation_of_another_policy_is_not_gone_on_with(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("fail_at", ["update 2", "update 3", "load 3"])
-def test_a_run_that_stops_goes_on_at_its_last_checkpoint(staleness: int, fail_at: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fail_at", "left"), [("update 2", [3, 4, 5]), ("update 3", [4, 5]), ("load 3", [3, 4, 5])])
+def test_a_run_that_stops_goes_on_at_its_last_finished_epoch(
+    staleness: int, fail_at: str, left: list[int], tmp_path: Path
+) -> None:
+    """Between checkpoints, too: an epoch is finished once it is published and logged."""
     straight, _ = train(config_for(staleness, epochs=5), tmp_path / "straight")
     with pytest.raises(RuntimeError, match="failed"):
         train(config_for(staleness, epochs=5), tmp_path / "broken", fail_at)
     resumed, tracker = train(config_for(staleness, epochs=5), tmp_path / "broken")
     assert resumed.diary[0] == "restore"
-    assert tracker.epochs == [3, 4, 5]
+    assert tracker.epochs == left
     assert resumed.learner.version == straight.learner.version == 5
     np.testing.assert_array_equal(resumed.learner.state().policy["lora"], straight.learner.state().policy["lora"])
 
@@ -287,6 +314,80 @@ def test_a_stage_that_stops_goes_on_as_if_it_had_not(staleness: int, fail_at: st
                 train(second, tmp_path / name, fail_at, first_epoch=3)
         worlds[name], _ = train(second, tmp_path / name, first_epoch=3)
     np.testing.assert_array_equal(policy(worlds["broken"]), policy(worlds["straight"]))
+
+
+def test_a_skipped_step_now_and_then_is_only_counted(tmp_path: Path) -> None:
+    config = config_for(epochs=8)
+    world, tracker = train(config, tmp_path, world=SickWorld(config, sick={1: 1, 2: 1, 4: 1, 6: 1}))
+    assert tracker.epochs == list(range(1, 9))
+    assert "restore" not in world.diary
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_is_not_finite_for_too_long_takes_the_run_back_to_the_last_good_epoch(
+    staleness: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(staleness, epochs=8)
+    straight, _ = train(config, tmp_path / "straight")
+    world, tracker = train(config, tmp_path / "sick", world=SickWorld(config, sick={3: 1, 4: 1, 5: 1}))
+    updates = [int(note.split()[1]) for note in world.diary if note.startswith("update")]
+    assert updates == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+    assert tracker.epochs == list(range(1, 9))
+    np.testing.assert_array_equal(policy(world), policy(straight))
+    (said,) = [record.getMessage() for record in caplog.records if "goes back" in record.getMessage()]
+    assert "epochs 4 to 6" in said
+    assert "'prompt " in said
+    assert "goes back to epoch 3, once" in said
+
+
+def test_what_stays_not_finite_stops_the_run_and_names_a_prompt(tmp_path: Path) -> None:
+    config = config_for(epochs=8)
+    with pytest.raises(RuntimeError, match=r"epochs 4 to 6: .*1 steps, by 'prompt "):
+        train(config, tmp_path, world=SickWorld(config, sick={3: 9, 4: 9, 5: 9}))
+
+
+def test_a_run_without_signal_stops_and_one_that_finds_it_again_does_not(tmp_path: Path) -> None:
+    config = config_for(epochs=9, max_epochs_without_signal=3)
+    _, tracker = train(config, tmp_path / "again", world=SickWorld(config, flat={2, 3, 5, 6}))
+    assert tracker.epochs == list(range(1, 10))
+    with pytest.raises(RuntimeError, match="epochs 6 to 8: in no group"):
+        train(config, tmp_path / "never", world=SickWorld(config, flat={5, 6, 7, 8}))
+    endless = config_for(epochs=9, max_epochs_without_signal=None)
+    _, tracker = train(endless, tmp_path / "endless", world=SickWorld(endless, flat={5, 6, 7, 8}))
+    assert tracker.epochs == list(range(1, 10))
+
+
+def test_a_lost_state_takes_the_run_back_to_its_newest_checkpoint(tmp_path: Path) -> None:
+    class Forgetful(World):
+        async def update(self, batch: Batch) -> UpdateResult:
+            if batch.epoch == 3 and "update 3" not in self.diary:
+                self.note("update 3")
+                self.learner = FakeLearnerCore(self.config)
+                raise StateLostError("learner 0 died")
+            return await super().update(batch)
+
+    config = config_for(epochs=5)
+    straight, _ = train(config, tmp_path / "straight")
+    world, tracker = train(config, tmp_path / "forgetful", world=Forgetful(config))
+    updates = [int(note.split()[1]) for note in world.diary if note.startswith("update")]
+    assert updates == [0, 1, 2, 3, 2, 3, 4]
+    assert tracker.epochs == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(policy(world), policy(straight))
+
+
+def test_an_evaluation_that_fails_after_the_last_update_costs_no_epoch(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failed"):
+        train(config_for(checkpoint_every=10), tmp_path, fail_at="eval 4 with ema 4")
+    _, tracker = train(config_for(checkpoint_every=10), tmp_path)
+    assert (tracker.epochs, sorted(tracker.evaluations)) == ([], [4])
+
+
+def test_figures_of_the_base_that_are_lost_are_made_again(tmp_path: Path) -> None:
+    train(config_for(), tmp_path)
+    for file in ("epoch-000000.json", "epoch-000004.json"):
+        (tmp_path / "evaluations" / file).unlink()
+    _, tracker = train(config_for(), tmp_path)
+    assert sorted(tracker.evaluations) == [0, 4]
 
 
 def test_the_trainer_and_the_local_roles_load_without_ray() -> None:

@@ -60,8 +60,9 @@ class SamplerCore:
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
         """Keep this version (and `max_staleness` before it) and say what was loaded: counts, checksums, the probe."""
+        self._versions.pop(adapters.version, None)  # the newest to come stands last: a run may go back
         self._versions[adapters.version] = weights
-        for version in sorted(self._versions)[: -(self.config.run.max_staleness + 1)]:
+        for version in list(self._versions)[: -(self.config.run.max_staleness + 1)]:
             del self._versions[version]
         num_tensors = self._use("old", adapters.version, reload=True)
         return LoadReceipt(

@@ -1,5 +1,7 @@
 """A run that was stopped goes on with other settings, as far as their marks allow."""
 
+import asyncio
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +9,11 @@ import pytest
 import yaml
 
 from nft_ray.cli.main import main
+from nft_ray.local import LocalSamplers
 from nft_ray.runs import tracking
-from nft_ray.runs.checkpoint import RunFolder, whole_checkpoints
+from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.evaluations import evaluated_epochs
-from nft_ray.types import LearnerState
+from nft_ray.types import Rollout, RolloutRequest
 from tests.examples import QUICKSTART, SMALL
 
 Train = Callable[..., int]
@@ -59,16 +62,16 @@ def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without figures there: it was to go on. Its last epoch is evaluated all the same, and nothing trained again."""
-    run, save = tmp_path / "quickstart", RunFolder.save
+    run, begin = tmp_path / "quickstart", LocalSamplers.rollout
 
-    def stopped(folder: RunFolder, epoch: int, state: LearnerState) -> Path:
-        path = save(folder, epoch, state)
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return path
+    async def stopped(samplers: LocalSamplers, request: RolloutRequest) -> Rollout:
+        if request.epoch == 2 and request.split == "train":
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(60)
+        return await begin(samplers, request)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save", stopped)
+        patch.setattr(LocalSamplers, "rollout", stopped)
         assert train("run.num_epochs=4", "evaluation.every=10") != 0
     assert evaluated_epochs(run) == [0]
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
