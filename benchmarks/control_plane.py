@@ -108,6 +108,12 @@ class EpochTimes:
         self._clock.take()
         self._last = time.perf_counter()
 
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Not measured."""
+
+    def rewind(self, epoch: int) -> None:
+        """Nothing is kept."""
+
     def log_progress(self, what: str, done: int, total: int) -> None:
         """Nobody watches."""
 

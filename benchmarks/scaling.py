@@ -133,6 +133,12 @@ class DriverMemory:
     def log_evaluation(self, epoch: int, result: Any) -> None:
         """Not measured."""
 
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Not measured."""
+
+    def rewind(self, epoch: int) -> None:
+        """Nothing is kept."""
+
     def log_progress(self, what: str, done: int, total: int) -> None:
         """Nobody watches."""
 

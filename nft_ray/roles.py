@@ -101,6 +101,14 @@ class Tracker(Protocol):
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None: ...
 
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Figures of an epoch that came after the rest: added to its line, or kept for it where it is not there yet."""
+        ...
+
+    def rewind(self, epoch: int) -> None:
+        """The run goes on after `epoch` finished epochs: what was logged of later ones is dropped."""
+        ...
+
     def log_progress(self, what: str, done: int, total: int) -> None:
         """Within an epoch: for a person who watches; nothing is kept."""
         ...

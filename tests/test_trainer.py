@@ -127,6 +127,8 @@ class Diary:
         self.epochs: list[int] = []
         self.evaluations: dict[int, EvalResult] = {}
         self.metrics: list[dict[str, float]] = []
+        self.late: list[tuple[int, dict[str, float]]] = []
+        self.rewound: list[int] = []
 
     def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
         self.epochs.append(epoch)
@@ -134,6 +136,14 @@ class Diary:
 
     def log_evaluation(self, epoch: int, result: EvalResult) -> None:
         self.evaluations[epoch] = result
+
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.late.append((epoch, metrics))
+
+    def rewind(self, epoch: int) -> None:
+        self.rewound.append(epoch)
+        kept = [(at, metrics) for at, metrics in zip(self.epochs, self.metrics, strict=True) if at <= epoch]
+        self.epochs, self.metrics = [at for at, _ in kept], [metrics for _, metrics in kept]
 
     def log_progress(self, what: str, done: int, total: int) -> None:
         assert 0 < done <= total

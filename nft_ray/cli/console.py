@@ -74,6 +74,13 @@ class Console(Tracker):
         if epoch == 0:
             self.say(f"base: {self._evaluated.strip()} ({result.seconds:.0f} s)")
 
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._tracker.log_late(epoch, metrics)
+
+    def rewind(self, epoch: int) -> None:
+        self._tracker.rewind(epoch)
+        self._evaluated = ""
+
     def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
         self._tracker.log_epoch(epoch, metrics, steps)
         rewards = [name for name in metrics if name.startswith("reward/") and name.count("/") == 1]

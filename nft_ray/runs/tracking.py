@@ -63,7 +63,7 @@ class RunTracker(Tracker):
         kept = [line for line in read_metrics(folder) if start_epoch and line["epoch"] <= start_epoch]
         self._lines = {line["epoch"]: line for line in kept}
         self._write()
-        self._evaluated: dict[int, dict[str, float]] = {}
+        self._waiting: dict[int, dict[str, float]] = {}
         self._mlflow = _Worker(_MlflowRun(folder, config, run_id))
         for line in kept:
             self._mlflow.put(partial(_MlflowRun.log_line, line=line))
@@ -79,16 +79,36 @@ class RunTracker(Tracker):
         Epoch 0, the base, is a line of its own: the base on the lines of every stage, each when that stage begins. So
         is added to the line of an epoch that is evaluated later: the run ends there, which was to go on.
         """
-        self._evaluated[epoch] = {f"eval/{name}": value for name, value in result.metrics.items()}
+        metrics = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._mlflow.put(lambda run: run.log_pictures(epoch, result))
-        if epoch == 0 or epoch in self._lines:
-            before = self._lines.get(epoch, {})
-            self._add(epoch, {name: value for name, value in before.items() if name not in ("epoch", "time")})
+        if epoch == 0 and 0 not in self._lines:
+            self._add(0, metrics)
+        else:
+            self.log_late(epoch, metrics)
 
     def log_epoch(self, epoch: int, metrics: dict[str, float], steps: tuple[dict[str, float], ...]) -> None:
         """Write the line of a finished epoch; the metrics of single optimizer steps go to MLflow only."""
+        if epoch in self._lines:
+            self.rewind(epoch - 1)
         self._add(epoch, metrics)
         self._mlflow.put(lambda run: run.log_steps(steps))
+
+    def log_late(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Add figures to the line of a finished epoch; where it is not there yet, they wait for it."""
+        if epoch in self._lines:
+            line = self._lines[epoch] | {name: _finite(value) for name, value in metrics.items()}
+            self._lines[epoch] = line
+            self._write()
+            self._mlflow.put(lambda run: run.log_line(line))
+        else:
+            self._waiting.setdefault(epoch, {}).update(metrics)
+
+    def rewind(self, epoch: int) -> None:
+        """Drop the lines after `epoch`, and what waits for one of them."""
+        self._waiting = {at: metrics for at, metrics in self._waiting.items() if at <= epoch}
+        if max(self._lines, default=0) > epoch:
+            self._lines = {at: line for at, line in self._lines.items() if at <= epoch}
+            self._write()
 
     def log_progress(self, what: str, done: int, total: int) -> None:
         """Nothing is kept."""
@@ -103,15 +123,11 @@ class RunTracker(Tracker):
         self._mlflow.close("FAILED" if failed else "FINISHED", timeout_s)
 
     def _add(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        values = {**metrics, **self._evaluated.pop(epoch, {})}
+        values = {**metrics, **self._waiting.pop(epoch, {})}
         line = {"epoch": epoch, "time": time.time()} | {name: _finite(value) for name, value in values.items()}
-        known = epoch in self._lines
         self._lines[epoch] = line
-        if known:
-            self._write()
-        else:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_encoded(line))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_encoded(line))
         self._mlflow.put(lambda run: run.log_line(line))
 
     def _write(self) -> None:

@@ -33,6 +33,12 @@ class Inner:
     def log_evaluation(self, *of: Any) -> None:
         self.calls.append(("evaluation", *of))
 
+    def log_late(self, *of: Any) -> None:
+        self.calls.append(("late", *of))
+
+    def rewind(self, *of: Any) -> None:
+        self.calls.append(("rewind", *of))
+
     def log_progress(self, *of: Any) -> None:
         self.calls.append(("progress", *of))
 
@@ -121,7 +127,10 @@ def test_everything_is_passed_on() -> None:
     shown.log_progress("epoch 1", 1, 2)
     shown.log_evaluation(1, result)
     shown.log_epoch(1, METRICS, steps)
-    assert inner.calls == [("progress", "epoch 1", 1, 2), ("evaluation", 1, result), ("epoch", 1, METRICS, steps)]
+    shown.log_late(1, {"reward/ocr": 0.5})
+    shown.rewind(0)
+    expected = [("progress", "epoch 1", 1, 2), ("evaluation", 1, result), ("epoch", 1, METRICS, steps)]
+    assert inner.calls == [*expected, ("late", 1, {"reward/ocr": 0.5}), ("rewind", 0)]
 
 
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then(clock: Clock) -> None:

@@ -111,6 +111,34 @@ class TestJsonl:
             tracker.log_epoch(1, {"a": value}, ())
         assert [(line["epoch"], line["a"]) for line in lines(tmp_path)] == [(1, 2.0)]
 
+    def test_the_same_epoch_again_drops_the_later_lines(self, tmp_path: Path, config: ExperimentConfig) -> None:
+        tracker = RunTracker(tmp_path, config)
+        train(tracker, range(1, 6))
+        tracker.log_epoch(3, {"a": 1.0}, ())
+        assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+        assert lines(tmp_path)[3]["a"] == 1.0
+
+    def test_rewind_drops_later_lines_and_what_waits_for_them(self, tmp_path: Path, config: ExperimentConfig) -> None:
+        tracker = RunTracker(tmp_path, config)
+        train(tracker, range(1, 6))
+        tracker.log_evaluation(6, evaluation(0.9))
+        tracker.log_late(6, {"reward/ocr": 0.5})
+        tracker.rewind(2)
+        assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2]
+        for epoch in range(3, 7):
+            tracker.log_epoch(epoch, {"a": 1.0}, ())
+        assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
+        assert lines(tmp_path)[-1].keys() == {"epoch", "time", "a"}
+
+    def test_late_figures_are_added_to_the_line_of_their_epoch(self, tmp_path: Path, config: ExperimentConfig) -> None:
+        tracker = RunTracker(tmp_path, config)
+        tracker.log_late(2, {"reward/early": 0.5})  # before its epoch is logged
+        train(tracker, range(1, 4))
+        before = lines(tmp_path)
+        tracker.log_late(1, {"reward/late": 0.25, "reward/odd": float("nan")})
+        assert lines(tmp_path) == [before[0], before[1] | {"reward/late": 0.25, "reward/odd": None}, *before[2:]]
+        assert before[2]["reward/early"] == 0.5
+
     def test_an_evaluation_whose_epoch_never_finished_is_not_in_the_file(
         self, tmp_path: Path, config: ExperimentConfig
     ) -> None:
