@@ -35,6 +35,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from nft_ray.roles import TryAgainError
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ REPORT_S = 10.0
 """Seconds between two lines that say what is being waited for."""
 
 
-class DeadlineError(RuntimeError):
+class DeadlineError(TryAgainError):
     """An answer that did not come in time."""
 
 

@@ -20,6 +20,10 @@ from nft_ray.types import (
 )
 
 
+class TryAgainError(RuntimeError):
+    """Something went away that comes back, or did not come in time: the same command may succeed. Exit status 75."""
+
+
 class ObjectsLostError(RuntimeError):
     """What rollouts left on a node is gone with it; they can be made again, bit for bit, from their requests.
 

@@ -1,8 +1,14 @@
-"""The command line: arguments in, exit status out. A mistake is one clear line, the last one, and never a traceback.
+"""The command line: arguments in, exit status out. A failure is one clear line, the last one, and never a traceback.
 
-    0 done    1 failed    2 usage    130 interrupted (the last checkpoint is kept)
+     0  done, or preempted (SIGTERM) with its last epoch kept
+     1  failed, and the same command would fail again: a mistake to mend, or a fault of ours
+     2  usage
+    75  failed for what comes back: the cluster is gone or cannot be reached, a node died once too often, no room came
+        in time. Run the same command again (a RayJob's `backoffLimit`, a loop that goes on while the status is 75)
+   130  interrupted (the last checkpoint is kept)
 
-NFT_RAY_DEBUG=1 shows the traceback as well.
+Tracebacks are in the run's log.txt; before there is a run, in a file of their own that the line names. NFT_RAY_DEBUG=1
+shows them as well.
 """
 
 import argparse
@@ -14,11 +20,11 @@ from importlib.metadata import version
 from typing import Any
 
 from nft_ray.cli import data, rewards
+from nft_ray.cli.failures import INTERRUPTED, explained, quiet
 from nft_ray.cli.place import Interrupted
 
 LIGHT = {"rewards": rewards.rewards, "data": data.data}
 """Commands that start without torch."""
-FAILURES = (ValueError, RuntimeError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or each start says twice that torchvision is absent
     for name in ("nft_ray", "actors", "deployments"):
         logging.getLogger(name).setLevel(logging.INFO)
+    quiet()
     try:
         return LIGHT.get(args.command, _heavy)(args)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except FAILURES as error:
-        if os.environ.get("NFT_RAY_DEBUG"):
-            logging.getLogger("nft_ray").exception("traceback, for NFT_RAY_DEBUG")
-        return _fail(f"nft-ray: {' '.join(str(error).split()) or type(error).__name__}", 1)
+        return _fail("interrupted", INTERRUPTED)
+    except Interrupted as error:
+        return _fail(str(error), INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  whatever it is: one line
+        return _fail(*explained(error))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,24 +103,21 @@ def _add_export(commands: Any) -> None:
 
 def _heavy(args: argparse.Namespace) -> int:
     """The commands that bring torch: seconds that no other command should wait."""
-    try:
-        if args.command == "train":
-            from nft_ray.cli.train import train
+    if args.command == "train":
+        from nft_ray.cli.train import train
 
-            return train(args)
-        if args.command == "export":
-            from nft_ray.cli.export import export_command
+        return train(args)
+    if args.command == "export":
+        from nft_ray.cli.export import export_command
 
-            return export_command(args)
-        if args.command == "encode":
-            from nft_ray.cli.encode import encode
+        return export_command(args)
+    if args.command == "encode":
+        from nft_ray.cli.encode import encode
 
-            return encode(args)
-        from nft_ray.cli.evaluate import evaluate_command
+        return encode(args)
+    from nft_ray.cli.evaluate import evaluate_command
 
-        return evaluate_command(args)
-    except Interrupted as error:
-        return _fail(str(error), 130)
+    return evaluate_command(args)
 
 
 def _fail(line: str, status: int) -> int:

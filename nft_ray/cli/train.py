@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
+from nft_ray.cli.failures import log_to
 from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import headline
@@ -17,7 +18,7 @@ from nft_ray.prompts.draw import experiment_prompts
 from nft_ray.prompts.sets import missing
 from nft_ray.rewards.weights import missing_weights
 from nft_ray.runs import closing
-from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root
+from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, whole_checkpoints
 from nft_ray.runs.closing import PromptSets
 from nft_ray.runs.stages import Stage, stages_of
 from nft_ray.runs.tracking import RunTracker, ui_command
@@ -40,6 +41,7 @@ def train(args: argparse.Namespace) -> int:
         Place(local=args.local, address=args.address, say=say).check(stage.config)
     folder = RunFolder(run_root(config, os.environ) / config.run.name, keep=config.run.keep_checkpoints)
     folder.claim(config, overwrite=args.overwrite)
+    log_to(folder.path)
     if in_submitted_job(os.environ):
         say(f"this run is kept in {folder.path}")
     start, table = folder.latest(), closing.closed(folder)
@@ -93,12 +95,22 @@ def _run(
             console.say(str(path))
         finished = True
     except STOPPED:
-        latest = folder.latest()
-        kept = f"epoch {latest.epoch} is kept in {latest.path}" if latest else "before the first checkpoint"
-        raise Interrupted(f"interrupted: {kept}; run the same command to go on") from None
+        raise Interrupted(f"interrupted: {_kept(folder)}; run the same command to go on") from None
+    except Exception as error:
+        if whole_checkpoints(folder.path / "checkpoints"):
+            error.add_note(_kept(folder))
+        raise
     finally:
         tracker.close(failed=not finished)
     return 0
+
+
+def _kept(folder: RunFolder) -> str:
+    """What a stopped run has left, for the line that says why it stopped."""
+    whole = whole_checkpoints(folder.path / "checkpoints")
+    if not whole:
+        return "before the first checkpoint"
+    return f"epoch {int(whole[-1].name.removeprefix('epoch-'))} is kept in {whole[-1]}"
 
 
 async def _train(
