@@ -13,6 +13,7 @@ from actors.roles import ray_evaluation_roles, ray_roles
 from deployments.build import check_port, deploy
 from deployments.plane import delete
 from nft_ray.cli.connection import check_reachable, joins
+from nft_ray.cli.watch import Ending, watched
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.weights import missing_weights
 from nft_ray.roles import EvaluationRoles, Roles
@@ -35,10 +36,23 @@ def check_before_start(config: ExperimentConfig, address: str | None, *, trainin
     check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()}, training=training)
 
 
+def _nothing() -> None:
+    """A cluster that was joined is others' to end."""
+
+
+NOTHING_KEPT = Ending(kept=lambda: "what it deployed is gone, too", close=_nothing)
+
+
 @contextmanager
-def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator[str | None]:
-    """A connected Ray; gives its dashboard's host:port. One started here is shut down in the end, whatever happens."""
-    if joins(address):
+def cluster(
+    config: ExperimentConfig, address: str | None, say: Say, ending: Ending | None = None
+) -> Iterator[str | None]:
+    """A connected Ray; gives its dashboard's host:port. One started here is shut down in the end, whatever happens.
+
+    One that goes away ends this process: see watch.py.
+    """
+    joined = joins(address)
+    if joined:
         say("joining the Ray cluster")
         check_reachable(address)
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
@@ -55,7 +69,10 @@ def cluster(config: ExperimentConfig, address: str | None, say: Say) -> Iterator
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
-        yield context.dashboard_url or None
+        with watched(
+            ray.get_runtime_context().gcs_address, ending or NOTHING_KEPT, _nothing if joined else _kill_local
+        ):
+            yield context.dashboard_url or None
     finally:
         ray.shutdown()
 
@@ -90,6 +107,13 @@ async def _rewards(config: ExperimentConfig, say: Say, dashboard_url: str | None
         yield
     finally:
         delete(applications)
+
+
+def _kill_local() -> None:
+    """The processes of the Ray that was started here, which nobody else would end. Asks none of them."""
+    node = ray._private.worker._global_node  # type: ignore[attr-defined]
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _in_use(port: int) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nft_ray.roles import TryAgainError
+
 CONNECT_S = 10.0
 
 
@@ -20,7 +22,7 @@ def joined(address: str | None) -> Iterator[str | None]:
     try:
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
-        raise RuntimeError(
+        raise TryAgainError(
             f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -42,14 +44,14 @@ def dashboard_of(address: str | None) -> Iterator[Any]:
 
 
 def check_reachable(address: str | None) -> None:
-    """RuntimeError, one line, where nobody listens at the host:port of a cluster: ray.init tries it for minutes."""
+    """TryAgainError, one line, where nobody listens at the host:port of a cluster: ray.init tries it for minutes."""
     address = address or os.environ.get("RAY_ADDRESS")
     if not address or not (found := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address)):
         return
     try:
         socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise RuntimeError(
+        raise TryAgainError(
             f"no Ray cluster at {address} ({error}): start one with `ray start --head`, or give another --address"
         ) from None
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from nft_ray.cli.console import Screen
 from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
+from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig, load
 from nft_ray.cores.publish import announced, checksum
 from nft_ray.evaluation.asked import asked_experiment, with_policy
@@ -98,20 +99,23 @@ def _run(
         screen.say(f"going on: {len(kept)} of {len(prompts)} lines are in {folder.path}")
     if left:
         place.check(config, training=False)
+        kept_lines = partial(_kept, folder, len(prompts))
         try:
-            with place.ray(config) as dashboard_url:
+            with place.ray(config, Ending(kept=kept_lines, close=lambda: None)) as dashboard_url:
                 run_until_stopped(work(dashboard_url))
         except STOPPED:
-            done = len(folder.results())
-            raise Interrupted(
-                f"interrupted: {done} of {len(prompts)} lines are kept in {folder.path}; run the same command to go on"
-            ) from None
+            raise Interrupted(f"interrupted: {kept_lines()}; run the same command to go on") from None
     screen.say(f"\n{write_report(folder, config, shown)}\n")
     if missing := sum(bool(result.missing) for result in folder.results()):
         screen.say(f"{missing} of {len(prompts)} lines miss a reward: run the same command again to ask for it")
     for name in (SUMMARY, RESULTS, SHEET):
         screen.say(f"{folder.path / name}")
     return 0
+
+
+def _kept(folder: EvaluationFolder, total: int) -> str:
+    """What a stopped evaluation has left, for the line that says why it stopped."""
+    return f"{len(folder.results())} of {total} lines are kept in {folder.path}"
 
 
 def _compare(args: argparse.Namespace) -> int:

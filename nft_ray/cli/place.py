@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig
 from nft_ray.roles import EvaluationRoles, Roles
 
@@ -38,14 +39,17 @@ class Place:
         check_before_start(config, self.address, training=training)
 
     @contextmanager
-    def ray(self, config: ExperimentConfig) -> Iterator[str | None]:
-        """A connected Ray while the body runs, unless it is local; gives its dashboard's host:port."""
+    def ray(self, config: ExperimentConfig, ending: Ending) -> Iterator[str | None]:
+        """A connected Ray while the body runs, unless it is local; gives its dashboard's host:port.
+
+        A cluster that goes away ends this process with what `ending` says, and the status that means: try again.
+        """
         if self.local:
             yield None
             return
         from nft_ray.cli.cluster import cluster
 
-        with cluster(config, self.address, self.say) as dashboard_url:
+        with cluster(config, self.address, self.say, ending) as dashboard_url:
             yield dashboard_url
 
     @asynccontextmanager

@@ -9,6 +9,7 @@ from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
 from nft_ray.cli.failures import log_to
 from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
+from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
@@ -83,10 +84,11 @@ def _run(
     if start_epoch:
         console.say(f"going on after epoch {start_epoch}")
     started, finished = time.monotonic(), False
+    ending = Ending(kept=lambda: _kept(folder), close=lambda: tracker.close(failed=True))
     try:
         closing.reopen(folder)
         if left:  # else it ended between its last checkpoint and its report
-            with place.ray(config) as dashboard_url:
+            with place.ray(config, ending) as dashboard_url:
                 run_until_stopped(_train(place, left, folder, console, dashboard_url))
         made = closing.close(config, stages, folder, seconds=time.monotonic() - started)
         tracker.log_artifacts(made.artifacts)

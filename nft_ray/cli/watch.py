@@ -1,0 +1,138 @@
+"""Ends a run whose cluster is gone, with a line that says so, before Ray ends it without one.
+
+    every 2 s: does the head's port answer? ── no, for 45 s ──► the line, the tracker closed, exit status 75
+
+Ray's own core kills the driver when its head has not answered for 60 s (RAY_gcs_rpc_server_reconnect_timeout_s), with a
+line of its own or none. A head that is back sooner (its state kept in Redis) is waited for: ours comes at 3/4 of that.
+Nothing that asks the cluster may run then: every such call, `ray.shutdown` too, waits for what is gone. So a thread
+ends the process, whatever the others wait for; what is being written is whole or absent (runs/checkpoint.py).
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+from nft_ray.cli.failures import TRY_AGAIN
+
+logger = logging.getLogger(__name__)
+PROBE_S = 2.0
+RAYS_OWN_S, SHARE = 60.0, 0.75
+CLOSE_S = 10.0
+"""What has to be closed gets so long and no longer: it may wait for the cluster, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What a command adds to its end when the cluster is gone: `kept` for the line, `close` for what it holds open."""
+
+    kept: Callable[[], str]
+    close: Callable[[], None]
+
+
+class Silence:
+    """How long a head has not answered. Fed with probes and the time of each (s)."""
+
+    def __init__(self, most_s: float) -> None:
+        self.most_s = most_s
+        self._since: float | None = None
+
+    def heard(self, answers: bool, now: float) -> bool:
+        """Told of a probe; is the cluster gone by now?"""
+        if answers:
+            if self._since is not None:
+                logger.warning("the cluster's head answers again after %.0f s", now - self._since)
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = now
+            logger.warning("the cluster's head does not answer: the run ends if it stays so for %.0f s", self.most_s)
+        return now - self._since >= self.most_s
+
+
+class Watch:
+    """A thread that asks `answers` and calls `gone`, once, when nothing has answered for `most_s` seconds."""
+
+    def __init__(self, answers: Callable[[], bool], gone: Callable[[], None], most_s: float) -> None:
+        self._answers, self._gone = answers, gone
+        self._silence, self._stopped = Silence(most_s), threading.Event()
+        self._every_s = min(PROBE_S, most_s / 4)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def settle(self) -> None:
+        """After a failure, perhaps the echo of a lost head: returns once the head answers, or `gone` was called."""
+        while self._thread.is_alive() and not self._answers():
+            self._thread.join(self._every_s)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            if self._silence.heard(self._answers(), time.monotonic()):
+                return self._gone()
+
+
+@contextmanager
+def watched(head: str, ending: Ending, kill: Callable[[], None]) -> Iterator[None]:
+    """While the body runs, the head at host:port is watched; `kill` ends what this process has started of the cluster.
+
+    The body takes down what it has built on the cluster: there a lost one is waited for.
+    """
+
+    def gone() -> None:
+        logger.error("the cluster is gone: its head at %s does not answer", head)
+        leave(f"nft-ray: the cluster is gone: {ending.kept()}; run the same command to go on", ending.close, kill)
+
+    watch = Watch(lambda: answers(head), gone, patience_s(os.environ))
+    watch.start()
+    try:
+        yield
+    except BaseException:
+        watch.settle()
+        raise
+    finally:
+        watch.stop()
+
+
+def leave(line: str, *closing: Callable[[], None]) -> NoReturn:
+    """End this process now, with its last line; whatever other threads wait for."""
+
+    def close() -> None:
+        for each in closing:
+            with contextlib.suppress(Exception):
+                each()
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(CLOSE_S)
+    logging.disable()
+    sys.stdout.flush()
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    os._exit(TRY_AGAIN)
+
+
+def answers(head: str) -> bool:
+    """Does anybody listen at host:port?"""
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def patience_s(environment: Mapping[str, str]) -> float:
+    """Seconds of silence until the cluster is gone: a share of those after which Ray kills its driver."""
+    return SHARE * float(environment.get("RAY_gcs_rpc_server_reconnect_timeout_s") or RAYS_OWN_S)
