@@ -1,13 +1,17 @@
 """What a run needs of a cluster, as records, as a table (`--dry-run`) and as a check. Imports no Ray: it starts
 nothing.
 
-Failure policy: asking for more than the whole cluster has is the user's mistake and raises ValueError at once; asking
-for more than is free right now is a wait, which says what it waits for (pool.py).
+Failure policy: asking for more than the whole cluster has, or will have when its autoscaler is done, is the user's
+mistake and raises ValueError at once; so is a node that somebody means to add by hand: it has to be there. Asking for
+more than is free right now, or for nodes that an autoscaler may add, is a wait, which says what it waits for (pool.py,
+nodes.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from actors.packing import Node, Piece, without_room
 from nft_ray.config import ExperimentConfig
 
 
@@ -88,19 +92,74 @@ def table(rows: Sequence[Need]) -> str:
     )
 
 
-def check(config: ExperimentConfig, cluster_resources: Mapping[str, float], *, training: bool = True) -> None:
-    """ValueError, one line with both numbers, where the run needs more CPUs or GPUs than the whole cluster has."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The nodes that are there, and those that an autoscaler may add: () = there is none; None = nobody says which."""
+
+    nodes: tuple[Node, ...]
+    possible: tuple[Node, ...] | None = ()
+
+
+def pieces(config: ExperimentConfig, *, training: bool = True) -> list[Piece]:
+    """What has to be on one node each: every worker, every bundle, every replica."""
+    return [
+        Piece(role=row.role, num_cpus=row.num_cpus, num_gpus=row.num_gpus)
+        for row in needs(config, training=training)
+        for _ in range(row.num_workers)
+    ]
+
+
+def check(config: ExperimentConfig, cluster: Cluster, *, training: bool = True) -> str | None:
+    """None where the run fits the nodes that are there; what it lacks, as a line, where the cluster may grow to it.
+
+    ValueError, one line with both numbers, where it never fits: more than all nodes have, or a piece without room.
+    """
+    lacks = _lacks(config, cluster.nodes, training)
+    if lacks is None:
+        return None
+    if cluster.possible == ():
+        raise ValueError(lacks)
+    if cluster.possible is not None:
+        grown = _lacks(config, (*cluster.nodes, *cluster.possible), training)
+        if grown is not None:
+            may = ", ".join(map(str, cluster.possible))
+            raise ValueError(f"{grown}; what its autoscaler may add is counted ({may})")
+    return lacks
+
+
+def _lacks(config: ExperimentConfig, nodes: Sequence[Node], training: bool) -> str | None:
+    """What these nodes lack, with what to change."""
     rows = needs(config, training=training)
-    for kind, key, needed in zip(("CPUs", "GPUs"), ("CPU", "GPU"), _total(rows), strict=True):
-        has = cluster_resources.get(key, 0.0)
+    for kind, needed in zip(("CPUs", "GPUs"), _total(rows), strict=True):
+        field = f"num_{kind.lower()}"
+        has = sum(node.count * (node.num_cpus if kind == "CPUs" else node.num_gpus) for node in nodes)
         if needed > has + 1e-4:  # Ray counts in units of 1e-4
-            field = f"num_{kind.lower()}"
-            parts = [(row.role, row.num_workers, row.num_cpus if key == "CPU" else row.num_gpus) for row in rows]
-            asked = ", ".join(f"{role} {workers} x {each:g}" for role, workers, each in parts if each)
-            raise ValueError(
-                f"the run needs {needed:g} {kind} ({asked}), the cluster has {has:g}: lower num_workers, num_replicas "
-                f"or {field} (fractions are fine), or use a larger cluster"
+            return (
+                f"the run needs {needed:g} {kind} ({_asked(rows, field)}), the cluster has {has:g}: lower num_workers, "
+                f"num_replicas or {field} (fractions are fine), or use a larger cluster"
             )
+    piece = without_room(pieces(config, training=training), nodes)
+    if piece is None:
+        return None
+    asked = _asked(rows, "num_gpus" if piece.num_gpus else "num_cpus")
+    return (
+        f"no node has room for {piece} beside the rest ({asked}): the nodes have {_shown(nodes)}, and a worker is on "
+        "one node, a part of a GPU on one card; change num_cpus or num_gpus so that the pieces fill them, or use a "
+        "larger cluster"
+    )
+
+
+def _asked(rows: Sequence[Need], field: str) -> str:
+    parts = [(row.role, row.num_workers, row.num_cpus if field == "num_cpus" else row.num_gpus) for row in rows]
+    return ", ".join(f"{role} {workers} x {each:g}" for role, workers, each in parts if each)
+
+
+def _shown(nodes: Sequence[Node]) -> str:
+    """Nodes that are alike are one entry."""
+    alike: Counter[Node] = Counter()
+    for node in nodes:
+        alike[replace(node, count=1, memory_gib=None)] += node.count
+    return ", ".join(str(replace(node, count=count)) for node, count in alike.items())
 
 
 def _total(rows: Sequence[Need]) -> tuple[float, float]:

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from logging import getLogger
 
-import ray
 from ray.util import remove_placement_group
 
 from actors.bundles import reserve
 from actors.learners import LearnerFactory, LearnerGroup
+from actors.nodes import cluster_now
 from actors.placement import check
 from actors.pool import together
 from actors.samplers import SamplerFactory, SamplerPool
@@ -35,7 +35,7 @@ async def ray_roles(
     learner_core: LearnerFactory = LearnerCore,
 ) -> AsyncIterator[Roles]:
     """Roles whose workers are ready. Needs a connected Ray and the applications `reward-NAME`; cores are picklable."""
-    check(config, ray.cluster_resources())
+    check(config, cluster_now())
     started = time.monotonic()
     scorers = ServeScorers(config)
     colocated, bundles = config.cluster.placement == "colocated", reserve(config)
@@ -67,7 +67,7 @@ async def ray_evaluation_roles(
 
     Colocated, a sampler keeps its learner's share to itself: two halves of two cards could else be of one card.
     """
-    check(config, ray.cluster_resources(), training=False)
+    check(config, cluster_now(), training=False)
     scorers = ServeScorers(config)
     bundles = reserve(config) if config.cluster.placement == "colocated" else None
     samplers = SamplerPool(config, sampler_core, bundles)

@@ -3,14 +3,16 @@
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import ray
 
-from actors.placement import check
+from actors.nodes import check_weights, cluster_now, room_for
+from actors.packing import Node
+from actors.placement import Cluster, check
 from actors.roles import ray_evaluation_roles, ray_roles
-from deployments.build import check_port, deploy
+from deployments.build import check_port, check_py_executable, deploy
 from deployments.plane import delete
 from nft_ray.cli.connection import check_reachable, joins
 from nft_ray.cli.watch import Ending, watched
@@ -33,7 +35,23 @@ def check_before_start(config: ExperimentConfig, address: str | None, *, trainin
         check_port(config.scorers.http)
     if absent := missing_weights(config.reward_configs):
         raise ValueError(absent[0])
-    check(config, {"CPU": config.cluster.num_cpus or os.cpu_count() or 1, **_gpus()}, training=training)
+    node = Node(num_cpus=config.cluster.num_cpus or os.cpu_count() or 1, num_gpus=_gpus())
+    check(config, Cluster(nodes=(node,)), training=training)
+
+
+def check_connected(configs: Sequence[ExperimentConfig], address: str | None, *, training: bool = True) -> None:
+    """ValueError for what is known to fail in any of these parts of a run, however late: right after connecting.
+
+    Places, Pythons of replicas and, of a cluster that was joined, the rewards' files on its nodes. (What this machine
+    tells of files is of no interest there.) Rewards that may be deployed already (`scorers.attach`) are not looked at.
+    """
+    for config in configs:
+        check(config, cluster_now(), training=training)
+    for config in [one for one in configs if not one.scorers.attach]:
+        for name, reward in config.reward_configs.items():
+            check_py_executable(name, reward)
+        if joins(address):
+            check_weights(config)
 
 
 def _nothing() -> None:
@@ -80,7 +98,7 @@ def cluster(
 @asynccontextmanager
 async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[Roles]:
     """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
-    check(config, ray.cluster_resources())
+    await room_for(config)
     async with _rewards(config, say, dashboard_url):
         say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
         async with ray_roles(config) as roles:
@@ -92,7 +110,7 @@ async def evaluation_planes(
     config: ExperimentConfig, say: Say, dashboard_url: str | None
 ) -> AsyncIterator[EvaluationRoles]:
     """The same without learners."""
-    check(config, ray.cluster_resources(), training=False)
+    await room_for(config, training=False)
     async with _rewards(config, say, dashboard_url):
         say(f"starting {config.sampler.num_workers} samplers")
         async with ray_evaluation_roles(config) as roles:
@@ -126,7 +144,7 @@ def _in_use(port: int) -> bool:
     return False
 
 
-def _gpus() -> dict[str, float]:
+def _gpus() -> float:
     import torch  # the driver needs it for nothing else
 
-    return {"GPU": float(torch.cuda.device_count())}
+    return float(torch.cuda.device_count())

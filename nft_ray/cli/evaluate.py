@@ -102,6 +102,7 @@ def _run(
         kept_lines = partial(_kept, folder, len(prompts))
         try:
             with place.ray(config, Ending(kept=kept_lines, close=lambda: None)) as dashboard_url:
+                place.check_connected([config], training=False)
                 run_until_stopped(work(dashboard_url))
         except STOPPED:
             raise Interrupted(f"interrupted: {kept_lines()}; run the same command to go on") from None

@@ -5,7 +5,7 @@ Ray is imported only where it is used: `--local` needs none. What stops a comman
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,14 @@ class Place:
 
         with cluster(config, self.address, self.say, ending) as dashboard_url:
             yield dashboard_url
+
+    def check_connected(self, configs: Sequence[ExperimentConfig], *, training: bool = True) -> None:
+        """ValueError for what is known to fail in any part of the run, now that the cluster can be asked."""
+        if self.local:
+            return
+        from nft_ray.cli.cluster import check_connected
+
+        check_connected(configs, self.address, training=training)
 
     @asynccontextmanager
     async def roles(self, config: ExperimentConfig, dashboard_url: str | None) -> AsyncIterator[Roles]:

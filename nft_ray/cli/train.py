@@ -89,6 +89,7 @@ def _run(
         closing.reopen(folder)
         if left:  # else it ended between its last checkpoint and its report
             with place.ray(config, ending) as dashboard_url:
+                place.check_connected([stage.config for stage, _ in left])
                 run_until_stopped(_train(place, left, folder, console, dashboard_url))
         made = closing.close(config, stages, folder, seconds=time.monotonic() - started)
         tracker.log_artifacts(made.artifacts)

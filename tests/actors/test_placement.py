@@ -5,10 +5,15 @@ import sys
 
 import pytest
 
-from actors.placement import check, needs, table
+from actors.packing import Node
+from actors.placement import Cluster, check, needs, table
 from nft_ray.config import load
 from tests.examples import QUICKSTART
 from tests.fakes import fake_config
+
+
+def one_node(num_cpus: float) -> Cluster:
+    return Cluster(nodes=(Node(num_cpus=num_cpus),))
 
 
 def test_the_table_adds_up() -> None:
@@ -32,17 +37,17 @@ def test_a_sampler_and_a_learner_that_share_a_card_are_one_row() -> None:
 
 def test_fractions_fill_a_cluster_exactly() -> None:
     config = fake_config(sampler={"num_cpus": 0.3}, learner={"num_cpus": 0.3}, rewards={"jpeg_compressibility": {}})
-    check(config, {"CPU": 2.2})
+    check(config, one_node(2.2))
 
 
 def test_too_many_cpus_name_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"needs 1\.75 CPUs \(sampler 2 x 0\.25, .*the cluster has 1: lower"):
-        check(fake_config(), {"CPU": 1.0})
+        check(fake_config(), one_node(1))
 
 
 def test_an_evaluation_needs_no_learners() -> None:
     config = fake_config(learner={"num_cpus": 8})
-    check(config, {"CPU": 1.25}, training=False)
+    check(config, one_node(1.25), training=False)
     assert [row.role for row in needs(config, training=False)] == ["sampler", "reward-jpeg_compressibility"]
 
 
@@ -54,7 +59,7 @@ def test_an_evaluations_sampler_keeps_the_share_of_its_learner() -> None:
 
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"needs 2 GPUs \(learner 2 x 1\), the cluster has 0: .*num_gpus"):
-        check(fake_config(learner={"num_gpus": 1}), {"CPU": 2.0})
+        check(fake_config(learner={"num_gpus": 1}), one_node(2))
 
 
 def test_a_dry_run_needs_no_ray() -> None:
@@ -64,6 +69,35 @@ def test_a_dry_run_needs_no_ray() -> None:
 
 def test_the_quickstart_fits_two_cpus_even_with_three_replicas() -> None:
     config = load(QUICKSTART, ["rewards.geneval.num_replicas=3"])
-    check(config, {"CPU": 2.0})
+    check(config, one_node(2))
     with pytest.raises(ValueError, match=r"needs 1\.9 CPUs .* the cluster has 1:"):
-        check(config, {"CPU": 1.0})
+        check(config, one_node(1))
+
+
+def test_a_piece_that_no_node_has_room_for_is_named() -> None:
+    config = fake_config(
+        sampler={"num_cpus": 0.4}, learner={"num_cpus": 0.4}, rewards={"jpeg_compressibility": {"num_cpus": 0.4}}
+    )
+    check(config, one_node(2))
+    line = (
+        r"no node has room for reward-jpeg_compressibility \(0\.4 CPUs\) beside the rest \(sampler 2 x 0\.4, learner "
+        r"2 x 0\.4, .* 1 x 0\.4\): the nodes have 2 x 1 CPUs, .*; change num_cpus"
+    )
+    with pytest.raises(ValueError, match=line):
+        check(config, Cluster(nodes=(Node(num_cpus=1), Node(num_cpus=1))))
+
+
+def test_a_cluster_that_may_grow_is_told_what_it_lacks() -> None:
+    config = fake_config(learner={"num_gpus": 1})
+    head, gpu = Node(num_cpus=4), Node(num_cpus=1, num_gpus=1, count=2)
+    lacks = check(config, Cluster(nodes=(head,), possible=(gpu,)))
+    assert lacks is not None
+    assert "needs 2 GPUs (learner 2 x 1), the cluster has 0" in lacks
+    assert check(config, Cluster(nodes=(head,), possible=None)) == lacks, "nobody says what may come: it is waited for"
+    assert check(config, Cluster(nodes=(head, gpu), possible=None)) is None
+
+
+def test_more_than_an_autoscaler_may_add_is_refused_at_once() -> None:
+    config, gpu = fake_config(learner={"num_gpus": 1}), Node(num_cpus=1, num_gpus=1)
+    with pytest.raises(ValueError, match=r"needs 2 GPUs .* has 1: .*; what its autoscaler may add is counted \(1 CPUs"):
+        check(config, Cluster(nodes=(Node(num_cpus=4),), possible=(gpu,)))

@@ -1,0 +1,170 @@
+"""What a connected Ray has, and what its autoscaler may add: read here, judged in placement.py, waited for here.
+
+Ray tells that there is an autoscaler, and what of it: a managed cluster says its kinds of nodes (GCS: cluster config),
+the head of `ray up` has them in a file, KubeRay keeps them to itself. Where nobody says them, a run that does not fit
+now waits up to `cluster.wait_s` seconds, and the log says for what.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray._private.state import state
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.packing import Node, Piece
+from actors.placement import Cluster, check, pieces
+from actors.pool import DeadlineError, free_resources, one_line, waiting
+from nft_ray.config import ExperimentConfig
+from nft_ray.rewards.base import RewardConfig, TorchRewardConfig, reward_files
+from nft_ray.rewards.weights import missing_weights
+from nft_ray.roles import TryAgainError
+
+logger = logging.getLogger(__name__)
+ASK_S, LOOK_S = 5.0, 60.0
+GIB = 2**30
+WITHOUT_AUTOSCALER = "node_"
+"""What Ray calls the kind of a node that nobody else named."""
+BOOTSTRAP = "ray_bootstrap_config.yaml"
+"""In the home folder of a head that `ray up` started."""
+
+
+def cluster_now() -> Cluster:
+    """The living nodes, and what may be added to them."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(nodes=tuple(_node(resources) for resources in alive), possible=_possible())
+
+
+async def room_for(config: ExperimentConfig, *, training: bool = True) -> None:
+    """Return when the run fits the cluster: at once, or when it has grown. See `placement.check` for what never fits.
+
+    TryAgainError where it did not grow within `cluster.wait_s` seconds.
+    """
+    lacks = check(config, cluster_now(), training=training)
+    if lacks is not None:
+        logger.info("the cluster has to grow, for up to %g s (cluster.wait_s): %s", config.cluster.wait_s, lacks)
+        await _grown(config, pieces(config, training=training), lacks)
+
+
+def check_weights(config: ExperimentConfig) -> None:
+    """Rewards' files, looked for on every node that has room for a replica; a warning where only some lack them.
+
+    ValueError, one line, where all nodes lack them and no other can come. Where nothing can be asked, nothing is said.
+    """
+    for name, reward in config.reward_configs.items():
+        if not isinstance(reward, TorchRewardConfig) or not reward_files(name, reward):
+            continue
+        alive = [node for node in ray.nodes() if node["Alive"] and _holds(node["Resources"], reward)]
+        asked = [
+            _missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(  # type: ignore[attr-defined]
+                {name: reward}
+            )
+            for node in alive
+        ]
+        try:
+            found = ray.get(asked, timeout=LOOK_S)
+        except (RayError, ImportError) as error:
+            logger.warning("rewards.%s: its files could not be looked for on the cluster: %s", name, one_line(error))
+            continue
+        lacking = [(node["NodeManagerAddress"], lines[0]) for node, lines in zip(alive, found, strict=True) if lines]
+        where = ", ".join(sorted({address for address, _ in lacking}))
+        if lacking and len(lacking) == len(alive) and cluster_now().possible == ():
+            raise ValueError(f"{lacking[0][1]} (looked for on {where}, all nodes that have room for it)")
+        if lacking:
+            logger.warning(
+                "%s: a replica on %s would not start (%d of %d nodes)", lacking[0][1], where, len(lacking), len(alive)
+            )
+
+
+@ray.remote(num_cpus=0)
+def _missing(rewards: Mapping[str, RewardConfig]) -> list[str]:
+    """`missing_weights`, of the node that this runs on."""
+    return missing_weights(rewards)
+
+
+def _holds(resources: Mapping[str, float], reward: RewardConfig) -> bool:
+    return resources.get("CPU", 0.0) >= reward.num_cpus and resources.get("GPU", 0.0) >= reward.num_gpus
+
+
+async def _grown(config: ExperimentConfig, wanted: Sequence[Piece], lacks: str) -> None:
+    """Ask for all places at once, which is what an autoscaler looks at; given back as soon as they are there."""
+    bundles = [
+        {kind: amount for kind, amount in (("CPU", piece.num_cpus), ("GPU", piece.num_gpus)) if amount}
+        for piece in wanted
+    ]
+    group = placement_group([bundle for bundle in bundles if bundle], name=f"{config.run.name}/room")
+    try:
+        await waiting(group.ready(), "the cluster to grow", config.cluster.wait_s, free_resources)
+    except DeadlineError as error:
+        raise TryAgainError(
+            f"the cluster did not grow within cluster.wait_s = {config.cluster.wait_s:g} s: {lacks}"
+        ) from error
+    finally:
+        remove_placement_group(group)
+
+
+def _node(resources: Mapping[str, float], count: int = 1) -> Node:
+    memory = resources.get("memory")
+    return Node(
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        memory_gib=memory / GIB if memory else None,
+        count=count,
+    )
+
+
+def _possible() -> tuple[Node, ...] | None:
+    told, kinds = _told(), _kinds()
+    if told is None and not kinds:
+        return ()
+    if told is None:
+        return None
+    left = [(resources, most - kinds[kind]) for kind, (resources, most) in told.items()]
+    return tuple(_node(resources, count) for resources, count in left if count > 0)
+
+
+def _kinds() -> Counter[str]:
+    """Kind -> how many of the living nodes are of it, where an autoscaler (of either version) is at work."""
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status(timeout_s=ASK_S))  # type: ignore[attr-defined]
+    if reply.autoscaling_state.autoscaler_state_version:
+        return Counter(
+            node.ray_node_type_name for node in reply.cluster_resource_state.node_states if node.ray_node_type_name
+        )
+    status = json.loads(_internal_kv_get("__autoscaling_status") or b"{}")
+    named = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return Counter(kind for kind in named.values() if not kind.startswith(WITHOUT_AUTOSCALER))
+
+
+def _told() -> dict[str, tuple[Mapping[str, float], int]] | None:
+    """Kind -> (its resources, how many there may be), where somebody says so."""
+    config = state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return {group.name: (dict(group.resources), _most(group.max_count)) for group in config.node_group_configs}
+    file = Path("~", BOOTSTRAP).expanduser()
+    if not _kinds() or not file.is_file():
+        return None
+    return described(yaml.safe_load(file.read_text()))
+
+
+def described(bootstrap: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, float], int]]:
+    """What the configuration of `ray up` says of its kinds of nodes; the head's is there already."""
+    most = bootstrap.get("max_workers", 0)
+    return {
+        kind: (about.get("resources", {}), min(about.get("max_workers", most), most))
+        for kind, about in bootstrap.get("available_node_types", {}).items()
+        if kind != bootstrap.get("head_node_type")
+    }
+
+
+def _most(count: int) -> int:
+    return 10**6 if count < 0 else count
