@@ -10,7 +10,7 @@ import json
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import diffusers
 import torch
@@ -23,6 +23,13 @@ from nft_ray.models.resolve import started
 
 Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
 NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files", "parts", "resolve"}
+
+
+class Sizes(NamedTuple):
+    """What is known of a model before it is loaded. `conditioning`: numbers that one prompt becomes."""
+
+    latent_shape: tuple[int, int, int]
+    conditioning: int
 
 
 class FlowModel(Protocol):
@@ -74,6 +81,11 @@ class Family(Protocol):
         ...
 
     @staticmethod
+    def sizes(config: ModelConfig, folder: Path) -> Sizes:
+        """Of latents and conditioning; reads JSON only."""
+        ...
+
+    @staticmethod
     def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> FlowModel:
         """The frozen pipeline in `config.dtype`."""
         ...
@@ -107,6 +119,15 @@ def load_model(config: ModelConfig, device: torch.device, *, transformer_only: b
     check_folder(config, folder, transformer_only=transformer_only)
     model: FlowModel = module.load(config, folder, device, transformer_only=transformer_only)
     return model
+
+
+def sizes(config: ModelConfig) -> Sizes | None:
+    """Of a model that is not loaded; None where its configuration is not at hand."""
+    folder = folder_of(config)
+    if folder is None:
+        return None
+    found: Sizes = family(config).sizes(config, folder)
+    return found
 
 
 def fetch_model(config: ModelConfig, token: str | None, *, transformer_only: bool = False) -> Iterator[str]:

@@ -16,7 +16,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from nft_ray.config import ModelConfig
-from nft_ray.models.base import Conditioning, check_size, read_json, uint8_images
+from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
 from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
@@ -162,14 +162,21 @@ def check(config: ModelConfig, folder: Path) -> None:
         )
 
 
+def sizes(config: ModelConfig, folder: Path) -> Sizes:
+    """Of latents and of a prompt's conditioning, from JSON alone."""
+    transformer, factor = read_json(folder / "transformer" / "config.json"), _factor(folder)
+    shape = (transformer["in_channels"] // 4, config.height // factor, config.width // factor)
+    width, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
+    return Sizes(latent_shape=shape, conditioning=config.max_sequence_length * width + pooled)
+
+
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Flux:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
     dtype = getattr(torch, config.dtype)
     transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    factor = _factor(folder)
-    shape = (transformer.config.in_channels // 4, config.height // factor, config.width // factor)
+    shape = sizes(config, folder).latent_shape
     guidance = DISTILLED_GUIDANCE if config.distilled_guidance is None else config.distilled_guidance
     if transformer_only:
         return Flux(transformer, scheduler, shape, guidance, None, None)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.models.base import read_json
+from nft_ray.models.base import family, read_json
 from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora
 from nft_ray.models.parts import folder_of
 from nft_ray.seeding import mix
@@ -193,6 +193,17 @@ def skeleton(config: ModelConfig) -> torch.nn.Module | None:
     with torch.device("meta"):
         transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
     return transformer
+
+
+def num_trained(config: ModelConfig) -> int | None:
+    """How many numbers are trained: of the LoRA, or of the whole transformer; None where nothing tells."""
+    transformer = skeleton(config)
+    if transformer is None:
+        return None
+    if config.tuning == "full":
+        return sum(parameter.numel() for parameter in transformer.parameters())
+    layers = _layers(transformer, config.lora, family(config).LORA_TARGETS).values()
+    return config.lora.rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:

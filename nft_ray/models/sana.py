@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
 from nft_ray.config import ModelConfig
-from nft_ray.models.base import Conditioning, check_size, read_json, uint8_images
+from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
 from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
@@ -124,14 +124,21 @@ def check(config: ModelConfig, folder: Path) -> None:
         raise ValueError(f"model.path = {config.path}: SANA-Sprint is not a flow model; use Sana 1.0 or 1.5")
 
 
+def sizes(config: ModelConfig, folder: Path) -> Sizes:
+    """Of latents and of a prompt's conditioning, from JSON alone."""
+    transformer, factor = read_json(folder / "transformer" / "config.json"), _factor(folder)
+    shape = (transformer["in_channels"], config.height // factor, config.width // factor)
+    tokens = config.max_sequence_length
+    return Sizes(latent_shape=shape, conditioning=tokens * transformer["caption_channels"] + tokens)
+
+
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Sana:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
     dtype = getattr(torch, config.dtype)
     transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
     scheduler = DPMSolverMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
-    factor = _factor(folder)
-    shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
+    shape = sizes(config, folder).latent_shape
     if transformer_only:
         return Sana(transformer, scheduler, shape, None, None)
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from nft_ray.config import ModelConfig
-from nft_ray.models.base import Conditioning, check_size, read_json, uint8_images
+from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
 from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
@@ -29,7 +29,7 @@ LORA_TARGETS = (
     "attn.to_v",
 )
 """As published for DiffusionNFT on SD3.5-medium (NVlabs/DiffusionNFT, config/nft.py)."""
-MAX_TOKENS = 512
+MAX_TOKENS, CLIP_TOKENS = 512, 77
 PROBE_TOKENS = 8
 
 
@@ -138,14 +138,24 @@ def check(config: ModelConfig, folder: Path) -> None:
         raise ValueError(f"model.max_sequence_length = {config.max_sequence_length}: use at most {MAX_TOKENS}")
 
 
+def sizes(config: ModelConfig, folder: Path) -> Sizes:
+    """Of latents and of a prompt's conditioning, from JSON alone."""
+    transformer, factor = read_json(folder / "transformer" / "config.json"), _factor(folder)
+    shape = (transformer["in_channels"], config.height // factor, config.width // factor)
+    clip = folder / "text_encoder" / "config.json"  # the driver of a Hub id may not have it
+    tokens = read_json(clip)["max_position_embeddings"] if clip.is_file() else CLIP_TOKENS
+    tokens += config.max_sequence_length
+    width, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
+    return Sizes(latent_shape=shape, conditioning=tokens * width + pooled)
+
+
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> SD3:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
     dtype = getattr(torch, config.dtype)
     transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    factor = _factor(folder)
-    shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
+    shape = sizes(config, folder).latent_shape
     if transformer_only:
         return SD3(transformer, scheduler, shape, None, None)
 

@@ -13,8 +13,8 @@ from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
-from nft_ray.models.base import check_model, families, family, load_model, repeat
-from nft_ray.models.lora import attach, export_lora, random_weights
+from nft_ray.models.base import FlowModel, check_model, families, family, load_model, repeat, sizes
+from nft_ray.models.lora import attach, export_lora, num_trained, random_weights
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
@@ -106,6 +106,10 @@ def test_the_velocity_is_differentiable_in_the_lora_alone(kind: str, tiny_folder
     assert all(value.grad is None for value in others.values())
 
 
+def trained(model: FlowModel, config: ModelConfig) -> Weights:
+    return numpy_weights(attach(model.transformer, config.lora, model.lora_targets, seed=0))
+
+
 @every_kind
 def test_a_learner_loads_the_transformer_alone(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
     config = tiny_model(kind, tiny_folder)
@@ -118,6 +122,11 @@ def test_a_learner_loads_the_transformer_alone(kind: str, tiny_folder: Path, tmp
     with torch.no_grad():
         assert torch.equal(whole.velocity(*whole.probe()), bare.velocity(*bare.probe()))
     assert bare.latent_shape == whole.latent_shape
+    known = sizes(config)
+    assert known is not None
+    assert known.latent_shape == whole.latent_shape
+    assert known.conditioning == sum(value.numel() for value in whole.encode(PROMPTS[:1]).values())
+    assert num_trained(config) == sum(value.size for value in trained(bare, config).values())
     with pytest.raises(AssertionError):
         bare.encode(PROMPTS)
     with pytest.raises(AssertionError):
