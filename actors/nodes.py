@@ -7,6 +7,7 @@ now waits up to `cluster.wait_s` seconds, and the log says for what.
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.footprint import Stores, footprint, memory_warnings, store_warnings, usable
 from actors.packing import Node, Piece
 from actors.placement import Cluster, check, pieces
 from actors.pool import DeadlineError, free_resources, one_line, waiting
@@ -64,14 +66,8 @@ def check_weights(config: ExperimentConfig) -> None:
         if not isinstance(reward, TorchRewardConfig) or not reward_files(name, reward):
             continue
         alive = [node for node in ray.nodes() if node["Alive"] and _holds(node["Resources"], reward)]
-        asked = [
-            _missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(  # type: ignore[attr-defined]
-                {name: reward}
-            )
-            for node in alive
-        ]
         try:
-            found = ray.get(asked, timeout=LOOK_S)
+            found = _everywhere(_missing, alive, {name: reward})
         except (RayError, ImportError) as error:
             logger.warning("rewards.%s: its files could not be looked for on the cluster: %s", name, one_line(error))
             continue
@@ -83,6 +79,62 @@ def check_weights(config: ExperimentConfig) -> None:
             logger.warning(
                 "%s: a replica on %s would not start (%d of %d nodes)", lacking[0][1], where, len(lacking), len(alive)
             )
+
+
+def check_stores(config: ExperimentConfig, *, joined: bool, training: bool = True) -> None:
+    """One epoch against the object stores, the disks behind them and the memory of the nodes: see footprint.py.
+
+    A warning each, in the log; ValueError where an epoch has no place. Of `joined` nodes a disk is asked for only where
+    it is needed.
+    """
+    plan = footprint(config) if training else None
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    for line in memory_warnings(config, [node.memory_gib for node in cluster_now().nodes]):
+        logger.warning("%s", line)
+    if plan is None or cluster_now().possible != ():
+        return
+    store = int(sum(node["Resources"].get("object_store_memory", 0.0) for node in alive))
+    spill = None
+    if plan.epoch > store:
+        spill = sum(_everywhere(_spill_room, alive)) if joined else spill_room()
+    shm = None if joined else _shm()
+    for line in store_warnings(plan, Stores(object_store=store, spill=spill, shm=shm)):
+        logger.warning("%s", line)
+
+
+def spill_room() -> int:
+    """Bytes that Ray may still spill on this node."""
+    told = json.loads(state.get_system_config().get("object_spilling_config") or "{}")
+    folder = told.get("params", {}).get("directory_path")
+    paths = folder if isinstance(folder, list) else [folder]
+    here = [path for path in paths if path and Path(path).is_dir()]
+    session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
+    disk = shutil.disk_usage(here[0] if here else session)
+    return usable(disk.free, disk.total)
+
+
+def _shm() -> int | None:
+    return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
+
+
+def _everywhere(task: Any, nodes: Sequence[Mapping[str, Any]], *arguments: Any) -> list[Any]:
+    """A task's answer of each of these nodes; RayError where one does not come."""
+    return list(
+        ray.get(
+            [
+                task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    *arguments
+                )
+                for node in nodes
+            ],
+            timeout=LOOK_S,
+        )
+    )
+
+
+@ray.remote(num_cpus=0)
+def _spill_room() -> int:
+    return spill_room()
 
 
 @ray.remote(num_cpus=0)

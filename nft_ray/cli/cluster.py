@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import ray
 
-from actors.nodes import check_weights, cluster_now, room_for
+from actors.nodes import check_stores, check_weights, cluster_now, room_for
 from actors.packing import Node
 from actors.placement import Cluster, check
 from actors.roles import ray_evaluation_roles, ray_roles
@@ -42,11 +42,13 @@ def check_before_start(config: ExperimentConfig, address: str | None, *, trainin
 def check_connected(configs: Sequence[ExperimentConfig], address: str | None, *, training: bool = True) -> None:
     """ValueError for what is known to fail in any of these parts of a run, however late: right after connecting.
 
-    Places, Pythons of replicas and, of a cluster that was joined, the rewards' files on its nodes. (What this machine
-    tells of files is of no interest there.) Rewards that may be deployed already (`scorers.attach`) are not looked at.
+    Places, room for an epoch, Pythons of replicas and, of a cluster that was joined, the rewards' files on its nodes:
+    what this machine has of them is of no interest there. Rewards that may be deployed already (`scorers.attach`) are
+    not looked at.
     """
     for config in configs:
         check(config, cluster_now(), training=training)
+        check_stores(config, joined=joins(address), training=training)
     for config in [one for one in configs if not one.scorers.attach]:
         for name, reward in config.reward_configs.items():
             check_py_executable(name, reward)

@@ -1,10 +1,13 @@
 """`nft-ray train`: an experiment is checked, run to its end or what is left of it, and reported on."""
 
 import argparse
+import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 
+from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
 from nft_ray.cli.failures import log_to
@@ -25,6 +28,7 @@ from nft_ray.runs.stages import Stage, stages_of
 from nft_ray.runs.tracking import RunTracker, ui_command
 from nft_ray.trainer import Trainer
 
+logger = logging.getLogger(__name__)
 StagesWithPrompts = Sequence[tuple[Stage, PromptSets]]
 
 
@@ -41,6 +45,7 @@ def train(args: argparse.Namespace) -> int:
     for stage in stages:
         Place(local=args.local, address=args.address, say=say).check(stage.config)
     folder = RunFolder(run_root(config, os.environ) / config.run.name, keep=config.run.keep_checkpoints)
+    _check_disk(stages, folder)
     folder.claim(config, overwrite=args.overwrite)
     log_to(folder.path)
     if in_submitted_job(os.environ):
@@ -50,6 +55,17 @@ def train(args: argparse.Namespace) -> int:
         say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
         return 0
     return _run(args, config, folder, list(zip(stages, prompts, strict=True)), start.epoch if start else 0)
+
+
+def _check_disk(stages: Sequence[Stage], folder: RunFolder) -> None:
+    """ValueError where the disk has no room for one checkpoint, a warning where it has none for all that are kept."""
+    there = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    free, kept = shutil.disk_usage(there).free, len(whole_checkpoints(folder.path / "checkpoints"))
+    plans = [plan for plan in (footprint(stage.config) for stage in stages) if plan is not None]
+    if plans:
+        largest = max(plans, key=lambda plan: plan.checkpoint)
+        for line in disk_warnings(largest, folder.keep, free, str(there), kept):
+            logger.warning("%s", line)
 
 
 def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) -> int:
@@ -65,6 +81,8 @@ def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) 
         if stage.name:
             say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
         say(table(local_needs(stage.config) if local else needs(stage.config)))
+        if plan := footprint(stage.config):
+            say(str(plan))
     if local:
         say("--local: one process, one thing after the other; nothing is reserved, no Ray is started")
     for line in absent:

@@ -9,6 +9,7 @@ own: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 import importlib
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import diffusers
@@ -195,6 +196,7 @@ def skeleton(config: ModelConfig) -> torch.nn.Module | None:
     return transformer
 
 
+@lru_cache(maxsize=4)
 def num_trained(config: ModelConfig) -> int | None:
     """How many numbers are trained: of the LoRA, or of the whole transformer; None where nothing tells."""
     transformer = skeleton(config)
