@@ -105,7 +105,7 @@ def _run(
                 place.check_connected([config], training=False)
                 run_until_stopped(work(dashboard_url))
         except STOPPED:
-            raise Interrupted(f"interrupted: {kept_lines()}; run the same command to go on") from None
+            raise Interrupted(f"interrupted: {kept_lines()}") from None
     screen.say(f"\n{write_report(folder, config, shown)}\n")
     if missing := sum(bool(result.missing) for result in folder.results()):
         screen.say(f"{missing} of {len(prompts)} lines miss a reward: run the same command again to ask for it")
@@ -116,7 +116,7 @@ def _run(
 
 def _kept(folder: EvaluationFolder, total: int) -> str:
     """What a stopped evaluation has left, for the line that says why it stopped."""
-    return f"{len(folder.results())} of {total} lines are kept in {folder.path}"
+    return f"{len(folder.results())} of {total} lines are kept in {folder.path}; run the same command to go on"
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -116,7 +116,7 @@ def _run(
             console.say(str(path))
         finished = True
     except STOPPED:
-        raise Interrupted(f"interrupted: {_kept(folder)}; run the same command to go on") from None
+        raise Interrupted(f"interrupted: {_kept(folder)}") from None
     except Exception as error:
         if whole_checkpoints(folder.path / "checkpoints"):
             error.add_note(_kept(folder))
@@ -129,9 +129,8 @@ def _run(
 def _kept(folder: RunFolder) -> str:
     """What a stopped run has left, for the line that says why it stopped."""
     whole = whole_checkpoints(folder.path / "checkpoints")
-    if not whole:
-        return "before the first checkpoint"
-    return f"epoch {int(whole[-1].name.removeprefix('epoch-'))} is kept in {whole[-1]}"
+    kept = f"epoch {int(whole[-1].name.removeprefix('epoch-'))} is kept in {whole[-1]}" if whole else ""
+    return f"{kept or 'before the first checkpoint'}; run the same command to go on"
 
 
 async def _train(

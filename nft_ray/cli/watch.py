@@ -31,7 +31,7 @@ CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What a command adds to its end when the cluster is gone: `kept` for the line, `close` for what it holds open."""
+    """What a command does when the cluster is gone: `kept` is how its last line ends, `close` closes what it holds."""
 
     kept: Callable[[], str]
     close: Callable[[], None]
@@ -92,7 +92,7 @@ def watched(head: str, ending: Ending, kill: Callable[[], None]) -> Iterator[Non
 
     def gone() -> None:
         logger.error("the cluster is gone: its head at %s does not answer", head)
-        leave(f"nft-ray: the cluster is gone: {ending.kept()}; run the same command to go on", ending.close, kill)
+        leave(f"nft-ray: the cluster is gone: {ending.kept()}", ending.close, kill)
 
     watch = Watch(lambda: answers(head), gone, patience_s(os.environ))
     watch.start()

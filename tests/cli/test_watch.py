@@ -68,12 +68,10 @@ from nft_ray.cli.watch import Ending, watched
 def close():
     print("closed", flush=True)
     raise OSError("and fails")
-with watched("127.0.0.1:{free_port()}", Ending(kept=lambda: "epoch 3 is kept in runs/x", close=close), lambda: None):
+with watched("127.0.0.1:{free_port()}", Ending(kept=lambda: "epoch 3 is kept", close=close), lambda: None):
     {end}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 75, done.stderr
     assert done.stdout == "closed\n"
-    assert done.stderr.splitlines()[-1] == (
-        "nft-ray: the cluster is gone: epoch 3 is kept in runs/x; run the same command to go on"
-    )
+    assert done.stderr.splitlines()[-1] == ("nft-ray: the cluster is gone: epoch 3 is kept")
