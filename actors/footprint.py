@@ -115,12 +115,12 @@ def disk_warnings(plan: Footprint, keep: int, free: int, folder: str, kept: int 
     ]
 
 
-def memory_warnings(config: ExperimentConfig, nodes_gib: Sequence[float | None]) -> list[str]:
+def memory_warnings(config: ExperimentConfig, nodes_gib: Sequence[float | None], *, training: bool = True) -> list[str]:
     """The same of host memory: what the workers are expected to need (`memory_gib`) of all that the nodes have."""
     if not nodes_gib or any(gib is None for gib in nodes_gib):
         return []
     has = sum(gib for gib in nodes_gib if gib is not None)
-    needed = sum(row.num_workers * row.memory_gib for row in needs(config))
+    needed = sum(row.num_workers * row.memory_gib for row in needs(config, training=training))
     if needed <= has:
         return []
     return [

@@ -81,25 +81,25 @@ def check_weights(config: ExperimentConfig) -> None:
             )
 
 
-def check_stores(config: ExperimentConfig, *, joined: bool, training: bool = True) -> None:
-    """One epoch against the object stores, the disks behind them and the memory of the nodes: see footprint.py.
+def store_lines(config: ExperimentConfig, *, joined: bool, training: bool = True) -> list[str]:
+    """Warnings: one epoch against the object stores, the disks behind them and the memory of the nodes (footprint.py).
 
-    A warning each, in the log; ValueError where an epoch has no place. Of `joined` nodes a disk is asked for only where
-    it is needed.
+    ValueError where an epoch has no place. Of `joined` nodes a disk is asked for only where it is needed; of a cluster
+    that may grow nothing is said.
     """
+    cluster = cluster_now()
+    if cluster.possible != ():
+        return []
+    lines = memory_warnings(config, [node.memory_gib for node in cluster.nodes], training=training)
     plan = footprint(config) if training else None
+    if plan is None:
+        return lines
     alive = [node for node in ray.nodes() if node["Alive"]]
-    for line in memory_warnings(config, [node.memory_gib for node in cluster_now().nodes]):
-        logger.warning("%s", line)
-    if plan is None or cluster_now().possible != ():
-        return
-    store = int(sum(node["Resources"].get("object_store_memory", 0.0) for node in alive))
-    spill = None
+    store, spill = int(sum(node["Resources"].get("object_store_memory", 0.0) for node in alive)), None
     if plan.epoch > store:
         spill = sum(_everywhere(_spill_room, alive)) if joined else spill_room()
     shm = None if joined else _shm()
-    for line in store_warnings(plan, Stores(object_store=store, spill=spill, shm=shm)):
-        logger.warning("%s", line)
+    return [*lines, *store_warnings(plan, Stores(object_store=store, spill=spill, shm=shm))]
 
 
 def spill_room() -> int:

@@ -8,18 +8,19 @@ from contextlib import asynccontextmanager, contextmanager
 
 import ray
 
-from actors.nodes import check_stores, check_weights, cluster_now, room_for
+from actors.nodes import check_weights, cluster_now, room_for, store_lines
 from actors.packing import Node
 from actors.placement import Cluster, check
 from actors.roles import ray_evaluation_roles, ray_roles
 from deployments.build import check_port, check_py_executable, deploy
 from deployments.plane import delete
-from nft_ray.cli.connection import check_reachable, joins
+from nft_ray.cli.connection import check_reachable, joins, no_cluster
 from nft_ray.cli.watch import Ending, watched
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.weights import missing_weights
 from nft_ray.roles import EvaluationRoles, Roles
 
+logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 Say = Callable[[str], None]
 
@@ -46,9 +47,12 @@ def check_connected(configs: Sequence[ExperimentConfig], address: str | None, *,
     what this machine has of them is of no interest there. Rewards that may be deployed already (`scorers.attach`) are
     not looked at.
     """
+    lines: dict[str, None] = {}  # stages that are alike lack the same
     for config in configs:
         check(config, cluster_now(), training=training)
-        check_stores(config, joined=joins(address), training=training)
+        lines |= dict.fromkeys(store_lines(config, joined=joins(address), training=training))
+    for line in lines:
+        logger.warning("%s", line)
     for config in [one for one in configs if not one.scorers.attach]:
         for name, reward in config.reward_configs.items():
             check_py_executable(name, reward)
@@ -75,7 +79,10 @@ def cluster(
     if joined:
         say("joining the Ray cluster")
         check_reachable(address)
-        context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError:
+            raise no_cluster(address) from None
     else:
         say("starting a local Ray")
         context = ray.init(

@@ -22,9 +22,7 @@ def joined(address: str | None) -> Iterator[str | None]:
     try:
         context = ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
-        raise TryAgainError(
-            f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
-        ) from None
+        raise no_cluster(address) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield context.dashboard_url or None
@@ -54,6 +52,13 @@ def check_reachable(address: str | None) -> None:
         raise TryAgainError(
             f"no Ray cluster at {address} ({error}): start one with `ray start --head`, or give another --address"
         ) from None
+
+
+def no_cluster(address: str | None) -> TryAgainError:
+    """What is said where Ray finds none."""
+    return TryAgainError(
+        f"no Ray cluster at {address or 'this machine'}: start one with `ray start --head`, or give --address"
+    )
 
 
 def joins(address: str | None) -> bool:

@@ -7,7 +7,7 @@ import pytest
 
 from actors import nodes
 from actors.footprint import Footprint
-from actors.nodes import check_stores, check_weights, cluster_now, described, room_for, spill_room
+from actors.nodes import check_weights, cluster_now, described, room_for, spill_room, store_lines
 from actors.packing import Node
 from actors.placement import Cluster
 from nft_ray.cli import cluster as connected
@@ -67,18 +67,16 @@ def test_files_that_no_node_has_are_told_before_anything_is_deployed(
 
 
 @pytest.mark.ray
-def test_an_epoch_beside_the_store_that_is_there(
-    local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_beside_the_store_that_is_there(local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = iter([GIB, 10**6 * GIB])
     monkeypatch.setattr(
         nodes, "footprint", lambda config: Footprint(group=1, images=1, epoch=next(plans), checkpoint=GIB)
     )
     assert spill_room() > 0
-    check_stores(fake_config(), joined=True)
-    assert "the cluster's object store has 200.0 MiB: the rest is spilled" in caplog.text
+    (line,) = store_lines(fake_config(), joined=True)
+    assert "the cluster's object store has 200.0 MiB: the rest is spilled" in line
     with pytest.raises(ValueError, match=r"the disk that it spills to .* free: lower prompts\.groups_per_epoch"):
-        check_stores(fake_config(), joined=False)
+        store_lines(fake_config(), joined=False)
 
 
 def test_what_ray_up_says_of_its_nodes() -> None:
@@ -99,12 +97,13 @@ def test_what_ray_up_says_of_its_nodes() -> None:
     ],
 )
 def test_what_a_later_stage_lacks_is_told_right_after_connecting(
-    stage: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+    stage: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connected, "cluster_now", lambda: Cluster(nodes=(Node(num_cpus=4),)))
-    monkeypatch.setattr(connected, "check_stores", lambda *args, **kwargs: None)
+    monkeypatch.setattr(connected, "store_lines", lambda *args, **kwargs: ["the same"])
     config = staged(stage)
-    check_connected(config.stage_configs[:1], None)
+    check_connected(config.stage_configs[:1] * 2, None)
+    assert caplog.text.count("the same") == 1
     if "py_executable" in stage:
         monkeypatch.setattr(
             "deployments.build.os.path.exists", lambda path: True
