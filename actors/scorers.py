@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -34,6 +34,8 @@ from nft_ray.types import Rewards, Rollout, RolloutRequest
 
 logger = logging.getLogger(__name__)
 
+STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
+"""The images were drawn, and there was no room for them: no missing reward, for the next ones find none, too."""
 BACKOFF_S = 0.2
 """Pause before the second attempt; doubled for each further one."""
 
@@ -77,6 +79,8 @@ class ServeScorers:
                 failure = error.cause
             except (RayError, RayServeException, DeadlineError) as error:
                 failure = error
+            if isinstance(failure, STORE_FULL):
+                raise failure
         self._note(name, failure)
         return None
 

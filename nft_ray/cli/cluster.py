@@ -3,8 +3,9 @@
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import ray
 
@@ -15,6 +16,7 @@ from actors.roles import ray_evaluation_roles, ray_roles
 from deployments.build import check_port, check_py_executable, deploy
 from deployments.plane import delete
 from nft_ray.cli.connection import check_reachable, joins, no_cluster
+from nft_ray.cli.failures import MESSAGES
 from nft_ray.cli.watch import Ending, watched
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.weights import missing_weights
@@ -94,6 +96,7 @@ def cluster(
             logging_level=logging.WARNING,
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray._private.worker.print_to_stdstream = _log_message  # type: ignore[attr-defined]  # else on standard output
     try:
         say(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "no Ray dashboard")
         with watched(
@@ -134,6 +137,12 @@ async def _rewards(config: ExperimentConfig, say: Say, dashboard_url: str | None
         yield
     finally:
         delete(applications)
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """What Ray would print of a cluster's troubles: tracebacks, too, of what is retried and told in a line of ours."""
+    for line in data["lines"]:
+        logging.getLogger(MESSAGES).warning("%s", line.rstrip())
 
 
 def _kill_local() -> None:

@@ -24,7 +24,9 @@ LOG = "log.txt"
 """Within a run's folder: what was logged, and every traceback."""
 EXPECTED = (ValueError, RuntimeError, OSError)
 RETRYABLE = (TryAgainError, ObjectsLostError, StateLostError)
-NOISY = ("asyncio", "ray.serve", "concurrent.futures")
+MESSAGES = "ray.messages"
+"""Logger of what a cluster tells its drivers, such as the traceback of a raylet that cannot spill."""
+NOISY = ("asyncio", "ray.serve", "concurrent.futures", MESSAGES)
 """They tell of calls that nobody waits for any more, after the line that says why: for the log file only."""
 FULL = {
     "OutOfDiskError": "the disk of a node is full, so Ray can neither keep nor spill what the samplers drew: free some "
@@ -55,7 +57,8 @@ def log_to(folder: Path) -> None:
 
 
 def quiet() -> None:
-    """What `NOISY` says is no longer shown."""
+    """What `NOISY` says is no longer shown, nor what Ray says of calls that nobody waits for any more."""
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     for name in NOISY:
         logger = logging.getLogger(name)
         logger.propagate = False

@@ -107,9 +107,8 @@ def test_a_cluster_without_a_node_for_it_grows_and_the_run_goes_on(home: dict[st
 
 FULL = """
 import asyncio, sys
-import ray
-ray.init(address=sys.argv[1], log_to_driver=False)
-from pathlib import Path
+from nft_ray.cli.cluster import cluster
+from nft_ray.cli.failures import quiet
 from actors.roles import ray_roles
 from deployments.build import deploy
 from deployments.plane import delete
@@ -136,8 +135,10 @@ async def main():
             kept.append((rollout, await roles.scorers.score(request, rollout)))
         print("spilled")
 
+quiet()
 try:
-    asyncio.run(main())
+    with cluster(config, sys.argv[1], print):
+        asyncio.run(main())
 except Exception as error:
     print(explained(error))
 """
@@ -174,3 +175,4 @@ def test_what_the_store_does_not_hold_is_spilled_until_the_disk_is_full(
         assert "the disk of a node is full" in said, done.stdout + done.stderr
     else:
         assert said == "spilled", done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
