@@ -1,5 +1,6 @@
 """What a connected Ray is asked: nodes, files on them, room behind its store; and what `ray up` says of its own."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -29,8 +30,8 @@ def test_the_nodes_that_are_there(local_ray: LocalRay) -> None:
 
 
 @pytest.mark.ray
-async def test_a_cluster_that_fits_is_not_waited_for(local_ray: LocalRay) -> None:
-    await room_for(fake_config())
+def test_a_cluster_that_fits_is_not_waited_for(local_ray: LocalRay) -> None:
+    asyncio.run(room_for(fake_config()))
     with pytest.raises(ValueError, match="needs 16 CPUs"):
         await room_for(
             fake_config(
@@ -40,7 +41,7 @@ async def test_a_cluster_that_fits_is_not_waited_for(local_ray: LocalRay) -> Non
 
 
 @pytest.mark.ray
-async def test_one_that_does_not_grow_in_time_says_so(
+def test_one_that_does_not_grow_in_time_says_so(
     local_ray: LocalRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = fake_config(learner={"num_gpus": 2}, cluster={"wait_s": 0.5})
@@ -48,7 +49,7 @@ async def test_one_that_does_not_grow_in_time_says_so(
     monkeypatch.setattr(nodes, "cluster_now", lambda: grows)
     line = r"did not grow within cluster\.wait_s = 0\.5 s: the run needs 4 GPUs \(learner 2 x 2\), the cluster has 2"
     with caplog.at_level(logging.INFO), pytest.raises(TryAgainError, match=line):
-        await room_for(config)
+        asyncio.run(room_for(config))
     assert "the cluster has to grow, for up to 0.5 s" in caplog.text
 
 

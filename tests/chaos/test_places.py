@@ -38,9 +38,9 @@ def ray_start(home: dict[str, str], *options: str, **extra: str) -> None:
     subprocess.run(start, env=variables, check=True, capture_output=True, timeout=60)
 
 
-def head(home: dict[str, str], *options: str, **extra: str) -> str:
+def head(home: dict[str, str], *options: str, port: int = 0, **extra: str) -> str:
     """The address of a head of 1 CPU."""
-    port = free_port()
+    port = port or free_port()
     place = [f"--temp-dir={home['RAY_TMPDIR']}", "--include-dashboard=false", "--num-cpus=1"]
     ray_start(home, "--head", f"--port={port}", *place, *options, **extra)
     return f"127.0.0.1:{port}"
@@ -71,11 +71,12 @@ def test_two_nodes_of_one_cpu_have_no_room_for_the_fifth_piece_of_four_tenths(
 
 def test_a_cluster_without_a_node_for_it_grows_and_the_run_goes_on(home: dict[str, str], tmp_path: Path) -> None:
     """The autoscaler is Ray's own; its nodes are raylets on this machine. `ray up` leaves its file in the home."""
+    port = free_port()
     worker = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1}
     config = {
         "cluster_name": "fake",
         "max_workers": 1,
-        "provider": {"type": "fake_multinode"},
+        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "gpu": worker,
@@ -92,7 +93,7 @@ def test_a_cluster_without_a_node_for_it_grows_and_the_run_goes_on(home: dict[st
     file = tmp_path / "autoscaler.yaml"
     file.write_text(yaml.safe_dump(config))
     fake = {"RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": "f" * 55 + "0"}
-    address = head(home, f"--autoscaling-config={file}", **fake)
+    address = head(home, f"--autoscaling-config={file}", port=port, **fake)
     needs_gpu = ["learner.num_gpus=1", "sampler.num_workers=1", "cluster.wait_s=90"]
     done = train(tmp_path, home, address, *needs_gpu)
     assert done.returncode == 0, done.stderr
