@@ -185,15 +185,17 @@ def _possible() -> tuple[Node, ...] | None:
 
 
 def _kinds() -> Counter[str]:
-    """Kind -> how many of the living nodes are of it, where an autoscaler (of either version) is at work."""
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status(timeout_s=ASK_S))  # type: ignore[attr-defined]
+    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+    return working_kinds(client.get_cluster_status(timeout_s=ASK_S), _internal_kv_get("__autoscaling_status"))
+
+
+def working_kinds(second: bytes, first: bytes | None) -> Counter[str]:
+    """Kind -> how many of the living nodes are of it, where an autoscaler is at work: what each version reports."""
+    reply = GetClusterStatusReply.FromString(second)
     if reply.autoscaling_state.autoscaler_state_version:
-        return Counter(
-            node.ray_node_type_name for node in reply.cluster_resource_state.node_states if node.ray_node_type_name
-        )
-    status = json.loads(_internal_kv_get("__autoscaling_status") or b"{}")
-    named = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+        names = (node.ray_node_type_name for node in reply.cluster_resource_state.node_states)
+        return Counter(name for name in names if name)
+    named = (json.loads(first or b"{}").get("autoscaler_report") or {}).get("node_type_mapping") or {}
     return Counter(kind for kind in named.values() if not kind.startswith(WITHOUT_AUTOSCALER))
 
 
