@@ -68,6 +68,12 @@ def needs(config: ExperimentConfig, *, training: bool = True) -> tuple[Need, ...
     return (*workers, *rewards)
 
 
+def at_least(config: ExperimentConfig) -> ExperimentConfig:
+    """The run with the fewest samplers that it starts with."""
+    fewest = config.sampler.min_workers or config.sampler.num_workers
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"num_workers": fewest})})
+
+
 def local_needs(config: ExperimentConfig) -> tuple[Need, ...]:
     """What --local runs, as such rows: one of each in one process, with nothing reserved."""
     apart = config.model_copy(update={"cluster": config.cluster.model_copy(update={"placement": "disaggregated"})})
@@ -101,10 +107,10 @@ class Cluster:
 
 
 def pieces(config: ExperimentConfig, *, training: bool = True) -> list[Piece]:
-    """What has to be on one node each: every worker, every bundle, every replica."""
+    """What has to be on one node each: every worker that the run starts with, every bundle, every replica."""
     return [
         Piece(role=row.role, num_cpus=row.num_cpus, num_gpus=row.num_gpus)
-        for row in needs(config, training=training)
+        for row in needs(at_least(config), training=training)
         for _ in range(row.num_workers)
     ]
 
@@ -129,7 +135,7 @@ def check(config: ExperimentConfig, cluster: Cluster, *, training: bool = True) 
 
 def _lacks(config: ExperimentConfig, nodes: Sequence[Node], training: bool) -> str | None:
     """What these nodes lack, with what to change."""
-    rows = needs(config, training=training)
+    rows = needs(at_least(config), training=training)
     for kind, needed in zip(("CPUs", "GPUs"), _total(rows), strict=True):
         field = f"num_{kind.lower()}"
         has = sum(node.count * (node.num_cpus if kind == "CPUs" else node.num_gpus) for node in nodes)

@@ -101,3 +101,10 @@ def test_more_than_an_autoscaler_may_add_is_refused_at_once() -> None:
     config, gpu = fake_config(learner={"num_gpus": 1}), Node(num_cpus=1, num_gpus=1)
     with pytest.raises(ValueError, match=r"needs 2 GPUs .* has 1: .*; what its autoscaler may add is counted \(1 CPUs"):
         check(config, Cluster(nodes=(Node(num_cpus=4),), possible=(gpu,)))
+
+
+def test_the_samplers_that_may_join_later_need_no_room_yet() -> None:
+    config = fake_config(sampler={"num_workers": 8, "min_workers": 2})
+    check(config, one_node(2))
+    with pytest.raises(ValueError, match=r"sampler 2 x 0\.25"):
+        check(config, one_node(1))
