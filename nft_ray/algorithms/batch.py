@@ -117,11 +117,11 @@ def check_missing(
 
 
 def optimizer_steps(valid: np.ndarray, num_steps: int, run_seed: int, epoch: int) -> np.ndarray:
-    """Optimizer step of every sample, i32 (N,), -1 = dropped: near-equal parts of a permutation of the rest."""
+    """Optimizer step of every sample, i32 (N,), -1 = dropped: near-equal parts of a permutation of the rest, if any."""
     (kept,) = np.nonzero(valid)
     step = np.full(len(valid), DROPPED, dtype=np.int32)
     order = kept[permutation(len(kept), "optimizer steps", run_seed, epoch)]
-    for s, part in enumerate(np.array_split(order, min(num_steps, len(order)))):
+    for s, part in enumerate(np.array_split(order, max(1, min(num_steps, len(order))))):
         step[part] = s
     return step
 

@@ -137,7 +137,9 @@ def test_without_a_step_nothing_moves() -> None:
 
 def test_a_policy_that_has_blown_up_is_published_by_nobody() -> None:
     core = LearnerCore(example_config("learner.learning_rate=1e12"))
-    message = r"^the policy has blown up: its velocity is not finite after epoch 1 \(optimizer step 1, learning rate 1e\+12\)"
+    message = (
+        r"^the policy has blown up: its velocity is not finite after epoch 1 \(optimizer step 1, learning rate 1e\+12\)"
+    )
     with pytest.raises(RuntimeError, match=message) as error:
         update(core, *example_groups())
     assert "\n" not in str(error.value)
