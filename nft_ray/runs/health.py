@@ -1,7 +1,7 @@
 """Does the training still learn? Counted from epoch to epoch; what goes on for too long ends the run, or takes it back.
 
 no reward differs within any group      ─► no step; `run.max_epochs_without_signal` in a row: the run stops
-a gradient, x0 or velocity not finite   ─► left out; `run.max_skipped_epochs` in a row: back to the last good epoch,
+a gradient, or most images, not finite  ─► left out; `run.max_skipped_epochs` in a row: back to the last good epoch,
                                            and when that does not help, the run stops and names prompts
 """
 
@@ -57,16 +57,23 @@ class Health:
 
 
 def not_finite(groups: Sequence[ScoredGroup], update: UpdateResult) -> str:
-    """What was not finite in an epoch, in words; empty where nothing was."""
+    """What was not finite in an epoch, in words; empty where nothing was, or only images of which most were not: they
+    cost no more than themselves.
+    """
     prompts = {group.request.items[0].group_id: group.request.items[0].prompt for group in groups}
     drawn = [group.request.items[0].group_id for group in groups if group.info.non_finite]
+    lost, images = (sum(counts) for counts in zip(*map(_lost, groups), strict=True))
     parts = []
-    if drawn:
-        parts.append(f"images of {_named([prompts[number].text for number in drawn])}")
+    if 2 * lost > images:
+        parts.append(f"{lost} of {images} images, of {_named([prompts[number].text for number in drawn])}")
     if update.skipped_steps:
         culprits = [prompts[number].text for number in update.culprits if number in prompts]
         parts.append(f"{update.skipped_steps} steps" + (f", by {_named(culprits)}" if culprits else ""))
     return "; ".join(parts)
+
+
+def _lost(group: ScoredGroup) -> tuple[int, int]:
+    return len(group.info.non_finite), group.request.num_images
 
 
 def _named(prompts: Sequence[str]) -> str:
