@@ -5,11 +5,13 @@ a gradient, or most images, not finite  ─► left out; `run.max_skipped_epochs
                                            and when that does not help, the run stops and names prompts
 """
 
+import logging
 from collections.abc import Sequence
 
 from nft_ray.config import RunConfig
 from nft_ray.types import Batch, ScoredGroup, UpdateResult
 
+_log = logging.getLogger(__name__)
 NAMED = 3
 """Prompts that an error names, at most."""
 
@@ -37,6 +39,10 @@ class Health:
         self._flat = self._flat + 1 if batch.metrics.get("reward/groups_without_signal") == 1 else 0
         bad = not_finite(groups, update)
         self._skipped = self._skipped + 1 if bad else 0
+        if update.skipped_steps:
+            scales = [value for name, value in update.metrics.items() if name.endswith("/loss_scale")]
+            now = "".join(f"; float16's loss scale is {scale:g} of what it began with" for scale in scales)
+            _log.warning("epoch %d: left out, for a gradient was not finite: %s%s", epoch, bad, now)
         if self._skipped >= self._run.max_skipped_epochs:
             first, self._skipped = epoch - self._skipped + 1, 0
             raise NotFiniteError(

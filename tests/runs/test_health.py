@@ -41,7 +41,15 @@ def test_some_images_that_are_not_finite_end_no_run_and_most_of_them_do() -> Non
     assert (bad.value.epoch, bad.value.last_good) == (10, 8)
 
 
-def test_a_skipped_step_is_named_by_whose_loss_it_was() -> None:
+def test_a_skipped_step_is_named_by_whose_loss_it_was(caplog: pytest.LogCaptureFixture) -> None:
     skipped = dataclasses.replace(UPDATE, skipped_steps=2, culprits=(1,))
     assert not_finite(groups((), ()), skipped) == "2 steps, by 'prompt 1'"
     assert not_finite(groups((), ()), dataclasses.replace(skipped, culprits=())) == "2 steps"
+    Health(RunConfig(name="a")).check(
+        5, groups((), ()), BATCH, dataclasses.replace(skipped, metrics={"nft/loss_scale": 0.5})
+    )
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "epoch 5: left out, for a gradient was not finite: 2 steps, by 'prompt 1'; float16's loss scale is 0.5 of what "
+        "it began with"
+    )
