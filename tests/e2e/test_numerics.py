@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from nft_ray.cores import learner
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.rewards.base import Scores
@@ -153,3 +154,48 @@ def test_a_policy_that_blows_up_leaves_the_checkpoint_before_it(
     kept = json.loads((checkpoint.path / "state.json").read_text())
     assert kept["epoch"] == 1
     assert logging.getLogger("nft_ray").level == logging.INFO
+
+
+def broken_group(monkeypatch: pytest.MonkeyPatch, epochs: set[int]) -> None:
+    """In these epochs the policy's velocity of the first group's samples is NaN, whatever was sampled."""
+    update, gather, now = LearnerCore.update, learner.gather, [0]
+
+    def noting(self: LearnerCore, epoch: int, *arguments: Any) -> Any:
+        now[0] = epoch
+        return update(self, epoch, *arguments)
+
+    def broken(rows: np.ndarray, *arguments: Any, **options: Any) -> Any:
+        batch = gather(rows, *arguments, **options)
+        if now[0] in epochs:
+            batch.pairs.x_t[torch.from_numpy(rows[:, 0] == 0)] = torch.nan
+        return batch
+
+    monkeypatch.setattr(LearnerCore, "update", noting)
+    monkeypatch.setattr(learner, "gather", broken)
+
+
+def test_a_gradient_that_is_not_finite_costs_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_group(monkeypatch, {0})
+    done = train(tmp_path, "gradient")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_metrics(tmp_path / "gradient") if line["epoch"]]
+    assert [line["nft/skipped_steps"] for line in lines] == [2, 0]
+    assert [line.get("nft/grad_norm") is None for line in lines] == [True, False]
+    (told,) = warnings(caplog, "left out, for a gradient was not finite")
+    assert told.startswith("epoch 1: left out, for a gradient was not finite: 2 steps, by 'a photo of")
+    assert all(np.isfinite(value).all() for value in lora(tmp_path, "gradient").values())
+
+
+def test_a_gradient_that_stays_not_finite_takes_the_run_back_then_stops_it_and_names_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_group(monkeypatch, {2, 3, 4, 5})
+    settings = ("run.num_epochs=6", "run.max_skipped_epochs=2", "run.checkpoint_every=1", "evaluation.every=6")
+    done = train(tmp_path, "stays", *settings)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("nft-ray: epochs 3 to 4: a gradient, x0 or velocity was not finite in each (2 steps, by 'a ")
+    assert len(warnings(caplog, "the run goes back to epoch 2, once")) == 1
+    assert [line["epoch"] for line in read_metrics(tmp_path / "stays")] == [0, 1, 2, 3, 4]
