@@ -111,11 +111,12 @@ def test_a_step_whose_gradient_is_not_finite_is_as_if_it_had_not_been_asked_for(
     assert all(np.isfinite(value).all() for value in weights.old.values())
 
 
-def test_every_rank_leaves_the_same_step_out_and_names_the_same_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_every_rank_leaves_the_same_step_out_and_names_the_same_group(sharding: str, tmp_path: Path) -> None:
     groups, counts = example_groups()
     groups = [groups[0], groups[1], broken(groups[2], 1)]
     one, weights = update(LearnerCore(example_config()), groups, counts)
-    for rank in on_ranks(2, tmp_path, [(groups, counts)]):
+    for rank in on_ranks(2, tmp_path, [(groups, counts)], f"learner.sharding={sharding}"):
         assert (rank.result.skipped_steps, rank.result.culprits) == (one.skipped_steps, one.culprits) == (1, (2,))
         if rank.weights is not None:
             assert distance(rank.weights.old, weights.old) < 1e-5
