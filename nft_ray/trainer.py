@@ -56,6 +56,7 @@ class Trainer:
         self.finished: Finished | None = None  # the newest epoch whose state is here
         self.good: Finished | None = None  # the newest in which everything was finite
         self.went_back_from = -1
+        self.told: set[str] = set()  # what was remarked of a batch; each once
 
     async def run(self) -> None:
         epoch = await self.restore()
@@ -191,7 +192,7 @@ class Trainer:
 
     def make_batch(self, groups: Sequence[ScoredGroup]) -> Batch:
         """The update of one epoch: what each sample weighs, in which optimizer step, on which learner."""
-        return make_batch(
+        batch = make_batch(
             groups,
             self.algorithm,
             weights=self.cfg.trained_weights,
@@ -201,6 +202,11 @@ class Trainer:
             run_seed=self.cfg.run.seed,
             num_shards=self.learners.size,
         )
+        for about, line in batch.remarks.items():
+            if about not in self.told:
+                logger.warning("%s", line)
+        self.told |= batch.remarks.keys()
+        return batch
 
     async def maybe_save(self, epoch: int) -> None:
         if self.finished is not None and self.finished.epoch == epoch and self.saving.due(epoch):

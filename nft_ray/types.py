@@ -75,7 +75,8 @@ class RolloutRequest:
 class RolloutInfo:
     """What the driver learns of a rollout: scalars. `num_bytes` goes through the object store: images and samples.
 
-    non_finite: the images, by their place in the request, of which an x0 or a velocity is NaN or infinite.
+    non_finite: the images, by their place in the request, of which an x0 or a velocity was NaN or infinite. What is
+    sent of them is 0.
     """
 
     epoch: int
@@ -161,12 +162,17 @@ class TrainGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One epoch's update: a shard of groups per learner and, per optimizer step, the global number of samples."""
+    """One epoch's update: a shard of groups per learner and, per optimizer step, the global number of samples.
+
+    No sample teaches anything: no step. remarks: what a person should know of the rewards and images, one line each,
+    by what it is about; a run says each of them once.
+    """
 
     epoch: int
     shards: tuple[tuple[TrainGroup, ...], ...]
     samples_per_step: tuple[int, ...]
     metrics: dict[str, float]
+    remarks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +219,9 @@ class LoadReceipt:
 class UpdateResult:
     """After one epoch's update: `version` counts finished updates, `steps` one dict of metrics per optimizer step.
 
-    skipped_steps: those that were left out because their gradient was not finite; culprits: ids of the groups whose
-    loss was not.
+    skipped_steps: those that were left out because their gradient was not finite; neither `steps` nor
+    num_optimizer_steps counts them. culprits: ids of the groups, of all ranks, whose loss was not finite then; none
+    where every loss was finite and only the gradient was not.
     """
 
     version: int
@@ -231,7 +238,7 @@ class LearnerState:
     """Everything a learner needs to go on. `versions`: old-policy weights by version, `max_staleness + 1` of them.
 
     optimizer: "exp_avg/NAME", "exp_avg_sq/NAME" -> f32 arrays and "step/NAME" -> f32 scalar. loss_scale: of float16
-    gradients, as it had become; None = as it begins.
+    gradients, relative to what it begins with (cores/loss_scale.py); None = as it begins.
     """
 
     version: int

@@ -180,7 +180,7 @@ class FakeLearnerCore:
         assert all(group.samples is None for group in groups) or self.world_size == 1
         assert all(len(part.x0) == len(group.step) for group, part in zip(groups, samples, strict=True))
         kept = sum(float(group.weight[group.step >= 0].sum()) for group in groups)
-        total = np.float32(self._sum_over_ranks(kept) / sum(samples_per_step))
+        total = np.float32(self._sum_over_ranks(kept) / max(1, sum(samples_per_step)))
         old = {"lora": self.versions[self.version].old["lora"] + total}
         self.version += 1
         self.versions[self.version] = AdapterWeights(old=old, ema=old)

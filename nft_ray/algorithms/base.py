@@ -34,7 +34,7 @@ from nft_ray.algorithms.schedules import CustomDecay, DecayPreset
 if TYPE_CHECKING:
     import torch
 
-_NOT_ALGORITHMS = {"advantages", "base", "batch", "schedules"}
+_NOT_ALGORITHMS = {"advantages", "base", "batch", "remarks", "schedules", "signal"}
 
 Decay = Annotated[
     Annotated[DecayPreset, Tag("<preset>")] | Annotated[CustomDecay, Tag("<custom>")],

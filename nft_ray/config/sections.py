@@ -40,8 +40,8 @@ class RunConfig(Section):
     max_epochs_without_signal: Annotated[Positive | None, Mark.PLACEMENT] = 5
     """Epochs in a row in which all images of every group earn the same before the run stops; null = it goes on."""
     max_skipped_epochs: Annotated[Positive, Mark.PLACEMENT] = 3
-    """Epochs in a row with a gradient that is not finite before the run goes back to the last good one; the next time
-    it stops."""
+    """Epochs in a row with a gradient, or most images, that are not finite before the run goes back to the last good
+    one; the next time it stops."""
 
 
 class ClusterConfig(Section):

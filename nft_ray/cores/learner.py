@@ -4,10 +4,13 @@ Plain regression on (x0, t, noise seed, v_old, v_ref, weight): the frozen polici
 optimizer step accumulates over flat (sample, time) pairs in micro-batches of any size and divides by the GLOBAL number
 of pairs, so any number of ranks, with any share of the pairs (none, too), gives the same update.
 
+A step whose gradient is not finite is left out, on all ranks alike, for they share the norm: weights, moments, EMA and
+the count of optimizer steps, which the schedules go by, stay what they were. A policy whose own velocity is not finite
+after its steps is published by nobody: RuntimeError.
+
 Every method is called on all ranks, in the same order; weights and states are given by rank 0, by the others None.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +23,25 @@ from nft_ray.algorithms.base import build_algorithm
 from nft_ray.algorithms.schedules import ema_decay, old_policy_decay
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.device import Copies
+from nft_ray.cores.loss_scale import LossScale
 from nft_ray.cores.pairs import gather, micro_batches
 from nft_ray.cores.parking import Parking
 from nft_ray.cores.policy import Part, Policy, local
-from nft_ray.cores.publish import OUT_OF_RANGE, digest
+from nft_ray.cores.publish import NOT_PUBLISHED, check_healthy, digest
 from nft_ray.flow.path import x0_from_velocity
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult, Weights
 
 PROBE_VERSION = -1
 STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq", STEP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What became of one optimizer step: its metrics, or, where it was skipped, whose losses were not finite."""
+
+    metrics: dict[str, float] | None
+    culprits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,7 @@ class LearnerCore:
             weight_decay=config.learner.weight_decay,
             fused=self.device.type == "cuda",
         )
+        self._loss_scale = LossScale(self._policy.dtype, self.model.latent_shape)
         self._copies = Copies(self.device)
         self._parking = Parking(self._tensors, self.device)
         self.version = 0
@@ -89,10 +102,18 @@ class LearnerCore:
         samples: Sequence[CleanSamples],
         samples_per_step: tuple[int, ...],
     ) -> tuple[UpdateResult, AdapterWeights | None]:
-        """One epoch's optimizer steps over this rank's groups; samples_per_step counts the samples of all ranks."""
+        """One epoch's optimizer steps over this rank's groups; samples_per_step counts the samples of all ranks.
+
+        Without a step, none asked for or all skipped, only the old policy moves: towards the policy, as in any epoch.
+        """
         assert epoch == self.version, f"epoch {epoch} updates version {epoch}, this learner is at {self.version}"
         started = time.perf_counter()
-        steps = tuple(self._step(s, groups, samples, count) for s, count in enumerate(samples_per_step))
+        tried = [self._step(s, groups, samples, count) for s, count in enumerate(samples_per_step)]
+        steps = tuple(step.metrics for step in tried if step.metrics is not None)
+        if steps:
+            rate = self.config.learner.learning_rate
+            when = f"epoch {epoch + 1} (optimizer step {self.optimizer_step}, learning rate {rate:g})"
+            check_healthy(self._policy.probe(), when, self.config.model.dtype)
         decay = old_policy_decay(self.optimizer_step, self.config.algorithm.old_policy_decay)
         before, now = self._versions[self.version].old, self._policy.part()
         old = {name: value.lerp(now[name].detach().cpu(), 1 - decay) for name, value in before.items()}
@@ -101,14 +122,21 @@ class LearnerCore:
         for version in sorted(self._versions)[: -(self.config.run.max_staleness + 1)]:
             del self._versions[version]
         adapters, weights = self._announce(self.version, self._versions[self.version])
+        skipped = len(tried) - len(steps)
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]} if steps else {}
-        metrics |= {f"{self._algorithm.name}/old_policy_decay": decay, "time/update_s": time.perf_counter() - started}
+        own = {"old_policy_decay": decay, "skipped_steps": float(skipped)}
+        if self._policy.dtype == torch.float16:
+            own["loss_scale"] = self._loss_scale.relative
+        metrics |= {f"{self._algorithm.name}/{name}": value for name, value in own.items()}
+        metrics |= {"time/update_s": time.perf_counter() - started}
         return UpdateResult(
             version=self.version,
             num_optimizer_steps=len(steps),
             metrics=metrics,
             steps=steps,
             adapters=adapters,
+            skipped_steps=skipped,
+            culprits=tuple(sorted({group for step in tried for group in step.culprits})),
         ), weights
 
     def adapters(self) -> tuple[tuple[Adapters, AdapterWeights | None], ...]:
@@ -138,19 +166,24 @@ class LearnerCore:
                 for number, version in self._versions.items()
             },
             optimizer=optimizer,
+            loss_scale=None if self._loss_scale.relative == 1 else self._loss_scale.relative,
         )
         return state if self.rank == 0 else None
 
     def restore(self, state: LearnerState) -> None:
-        """Go on from a state, bit for bit."""
+        """Go on from a state, bit for bit, whatever was done before. Back at an earlier one the loss scale stays as
+        small as it has become since: what did not fit float16 would not fit again.
+        """
         self._policy.assign(self._policy.part_of(state.policy))
         for name, value in self._policy.part_of(state.ema).items():
             self.ema[name].copy_(value)
         self.version, self.optimizer_step = state.version, state.optimizer_step
+        self._loss_scale.relative = min(self._loss_scale.relative, state.loss_scale or 1.0)
         self._versions = {
             number: _Version(old=self._policy.part_of(weights.old), ema=self._policy.part_of(weights.ema))
             for number, weights in state.versions.items()
         }
+        self.optimizer.state.clear()
         for name, value in self.policy.items() if state.optimizer else ():
             self.optimizer.state[value] = {
                 moment: self._moment(moment, name, state.optimizer[f"{moment}/{name}"]) for moment in MOMENTS
@@ -176,11 +209,16 @@ class LearnerCore:
         return adapters, AdapterWeights(old=old, ema=ema) if self.rank == 0 else None
 
     def _gathered(self, part: Part) -> tuple[Weights, str]:
-        """Whole weights, on rank 0 only, and their checksum: one tensor at a time on the others."""
+        """Whole weights, on rank 0 only, and their checksum: one tensor at a time on the others.
+
+        RuntimeError where one holds a NaN: that is announced to nobody.
+        """
         weights: Weights = {}
 
         def seen() -> Iterator[tuple[str, np.ndarray]]:
             for name, value in self._policy.whole(part):
+                if not np.isfinite(value.sum(dtype=np.float64)):
+                    raise RuntimeError(f"the policy has blown up: {name} is not finite; {NOT_PUBLISHED}")
                 weights.update({name: value} if self.rank == 0 else {})
                 yield name, value
 
@@ -194,42 +232,64 @@ class LearnerCore:
 
     def _step(
         self, step: int, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], num_samples: int
-    ) -> dict[str, float]:
-        """One optimizer step; returns its metrics, summed over ranks."""
+    ) -> _Step:
+        """One optimizer step, or none where its gradient is not finite; its metrics are summed over ranks."""
         num_pairs = num_samples * self.config.sampler.num_times
         totals = torch.zeros(2 + len(self._algorithm.measures), device=self.device)
         chunks = list(micro_batches(step, groups, samples, self.config.learner.micro_batch_size))
+        finite: list[torch.Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
         turns = self._policy.turns(len(chunks))
         for i in range(turns):
             with self._policy.reduction(last=i == turns - 1):
                 if i < len(chunks):
-                    totals += self._backward(chunks[i], groups, samples, num_pairs)
+                    sums, are_finite = self._backward(chunks[i], groups, samples, num_pairs)
+                    totals += sums
+                    finite.append(are_finite)
                 else:
                     self._policy.join()
-        self._policy.scale_gradients(1 / self._loss_scale(num_pairs))
+        # averaged over the ranks, and the loss was already divided by the pairs of all of them
+        self._policy.scale_gradients(self.world_size / self._loss_scale.of(num_pairs))
         norm = self._policy.clip(self.config.learner.max_grad_norm)
         if not torch.isfinite(norm):
-            raise RuntimeError(
-                f"gradient norm is {norm.item()} at optimizer step {self.optimizer_step + 1}"
-                + (f": {OUT_OF_RANGE}" if self._policy.dtype == torch.float16 else "")
-            )
+            return self._skip(chunks, groups, finite)
         self.optimizer.step()
         self.optimizer_step += 1
+        self._loss_scale.stepped(self.optimizer_step)
         self._follow()
         if self.world_size > 1:
             dist.all_reduce(totals)
         names, means = ("loss", "x0_norm", *self._algorithm.measures), (totals / num_pairs).tolist()
         metrics = dict(zip(names, means, strict=True))
         metrics |= {"grad_norm": norm.item(), "optimizer_step": float(self.optimizer_step)}
-        return {f"{self._algorithm.name}/{name}": value for name, value in metrics.items()}
+        return _Step(metrics={f"{self._algorithm.name}/{name}": value for name, value in metrics.items()})
+
+    def _skip(
+        self, chunks: Sequence[np.ndarray], groups: Sequence[TrainGroup], finite: Sequence[torch.Tensor]
+    ) -> _Step:
+        """Leave a step out. Where no loss of any rank explains it, the loss scale may."""
+        self.optimizer.zero_grad(set_to_none=True)
+        found = {
+            groups[row[0]].group_id
+            for rows, good in zip(chunks, finite, strict=True)
+            for row in rows[~good[: len(rows)].cpu().numpy()]
+        }
+        culprits = [sorted(found)]
+        if self.world_size > 1:
+            culprits = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(culprits, sorted(found))
+        everyones = tuple(sorted({group for of_rank in culprits for group in of_rank}))
+        if not everyones:
+            self._loss_scale.shrink()
+        return _Step(metrics=None, culprits=everyones)
 
     def _backward(
         self, pairs: np.ndarray, groups: Sequence[TrainGroup], samples: Sequence[CleanSamples], num_pairs: int
-    ) -> torch.Tensor:
-        """Forward and backward of one micro-batch of (group, sample, time) rows; returns the sums of its metrics.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of one micro-batch of (group, sample, time) rows; the sums of its metrics, and which
+        rows' losses are finite, bool (B,).
 
-        They stay on the device: nothing in here waits for it, so the host prepares the next micro-batch meanwhile.
+        Both stay on the device: nothing in here waits for it, so the host prepares the next micro-batch meanwhile.
         """
         learner = self.config.learner
         batch = gather(
@@ -245,21 +305,11 @@ class LearnerCore:
         v = self._policy.velocity(of.x_t, of.t, batch.conditioning)
         losses = self._algorithm.loss(v, of)
         loss = (losses.total * batch.filled).sum() / num_pairs
-        # the gradient is averaged over ranks; the loss is already divided by the pairs of all of them
-        (loss * self.world_size * self._loss_scale(num_pairs)).backward()
+        (loss * self._loss_scale.of(num_pairs)).backward()
         x0_norm = x0_from_velocity(of.x_t, v.detach(), of.t).flatten(1).pow(2).mean(1).sqrt()
         measured = (losses.total, x0_norm, *losses.measured)
-        return torch.stack([(values.detach() * batch.filled).sum() for values in measured]).float()
-
-    def _loss_scale(self, num_pairs: int) -> float:
-        """A power of two that keeps float16's gradients from rounding to zero until they are float32, as LoRAs' are.
-
-        A velocity's gradient is about 1 / (pairs x its numbers): 1e-9 at 512 px, and float16 ends at 6e-8. Times this
-        it is about 1/256, with room above for the sums over tokens.
-        """
-        if self._policy.dtype != torch.float16:
-            return 1.0
-        return 2.0 ** (math.floor(math.log2(max(num_pairs, 1) * math.prod(self.model.latent_shape))) - 8)
+        sums = torch.stack([(values.detach() * batch.filled).sum() for values in measured]).float()
+        return sums, losses.total.detach().isfinite()
 
     @torch.no_grad()
     def _follow(self) -> None:

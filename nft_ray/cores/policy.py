@@ -163,13 +163,18 @@ class Policy:
         shapes = {name: np.broadcast_to(np.float32(0), tuple(value.shape)) for name, value in self.parameters.items()}
         return self.part_of(random_weights(shapes, seed))
 
-    def probe(self, part: Part) -> np.ndarray:
-        """The probe velocity under other weights; the policy is put back bit for bit. Collective with fsdp."""
-        kept = {name: value.detach().clone() for name, value in self.part().items()}
-        self.assign(part)
+    def probe(self, part: Part | None = None) -> np.ndarray:
+        """The probe velocity, of other weights for a part: then the policy is put back bit for bit.
+
+        Collective with fsdp.
+        """
+        kept = {name: value.detach().clone() for name, value in self.part().items()} if part is not None else None
+        if part is not None:
+            self.assign(part)
         with self._precision():
             velocity = probe_velocity(self.model)
-        self.assign(kept)
+        if kept is not None:
+            self.assign(kept)
         return velocity
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |difference| / |velocity| that rounding explains between two processes; see tests/cores/test_sampler.py."""
 
 OUT_OF_RANGE = "the model may leave the range of float16; model.dtype = bfloat16 has a wider one"
+NOT_PUBLISHED = "no sampler gets it, and checkpoints are of before"
 
 
 def checksum(weights: Weights) -> str:
@@ -54,6 +55,16 @@ def probe_velocity(model: FlowModel) -> np.ndarray:
     return model.velocity(*model.probe())[0].cpu().numpy()
 
 
+def check_healthy(velocity: np.ndarray, when: str, dtype: str) -> None:
+    """RuntimeError, on one line, where a policy's probe velocity is not finite."""
+    if not np.isfinite(velocity).all():
+        hint = f", or {OUT_OF_RANGE}" if dtype == "float16" else ""
+        raise RuntimeError(
+            f"the policy has blown up: its velocity is not finite after {when}; {NOT_PUBLISHED}: choose a lower "
+            f"learner.learning_rate{hint}"
+        )
+
+
 def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
     """RuntimeError with both values where a worker did not load what was announced.
 
@@ -65,6 +76,9 @@ def verify(adapters: Adapters, receipt: LoadReceipt, dtype: str) -> None:
         announced, loaded = getattr(adapters, what), getattr(receipt, what)
         if announced != loaded:
             raise RuntimeError(f"{receipt.worker}: adapter {what} differs: learner {announced}, sampler {loaded}")
+    if not np.isfinite(receipt.probe).all():
+        hint = f": {OUT_OF_RANGE}" if dtype == "float16" else ": its weights are of no use"
+        raise RuntimeError(f"{receipt.worker}: the velocity of version {adapters.version} is not finite{hint}")
     if adapters.probe is None or adapters.probe_base is None:
         if np.array_equal(receipt.probe, receipt.probe_base):
             raise RuntimeError(f"{receipt.worker}: the LoRA is loaded and the velocity is the base model's: no effect")

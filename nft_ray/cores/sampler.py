@@ -3,6 +3,9 @@
 Everything that depends on a frozen policy is computed here, while its weights are loaded: x0 with the old policy, then
 at each sample's training times the velocities that the algorithm needs: v_old, v_ref. What a request gets is a
 function of the request and the adapter version that it names, never of the worker or of what the worker did before.
+
+An image of which an x0 or a velocity is not finite is said to be (RolloutInfo.non_finite) and sent as zeros: what is
+made of that is the driver's to decide, and its neighbours are as good as ever.
 """
 
 import time
@@ -15,7 +18,7 @@ from nft_ray.algorithms.base import build_algorithm
 from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
 from nft_ray.cores.device import Copies, compile_blocks
 from nft_ray.cores.parking import Parking, tensors_of
-from nft_ray.cores.publish import OUT_OF_RANGE, checksum, probe_velocity
+from nft_ray.cores.publish import checksum, probe_velocity
 from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
@@ -91,16 +94,21 @@ class SamplerCore:
         index = torch.repeat_interleave(torch.tensor([item.num_images for item in request.items]))
         seeds = [seed for item in request.items for seed in item.seeds]
         x0 = self._draw(seeds, conditioning, index, settings)
+        finite = x0.isfinite().flatten(1).all(1)
+        x0 = x0.masked_fill(~finite.view(-1, *[1] * (x0.ndim - 1)), 0)
         size = self.config.sampler.decode_batch_size or self.config.sampler.micro_batch_size
         parts = [self._copies.download(self.model.decode(part)) for part in x0.split(size)]
+        bad = self._copies.download(~finite)
         samples = self._clean_samples(x0, conditioning, request) if request.split == "train" else None
         images = np.concatenate([part() for part in parts])
+        non_finite = bad() if samples is None else _cleared(samples, bad())
         info = RolloutInfo(
             epoch=request.epoch,
             policy_version=request.policy_version,
             worker=self.worker,
             seconds=time.perf_counter() - started,
             num_bytes=images.nbytes + (samples.nbytes if samples else 0),
+            non_finite=tuple(np.flatnonzero(non_finite).tolist()),
         )
         return info, images, samples
 
@@ -176,10 +184,6 @@ class SamplerCore:
             v_ref = self.velocities(x0, t_ref, ref_seeds, conditioning)()
         host = {name: self._copies.download(value.float()) for name, value in conditioning.items()}
         clean, v_old = self._copies.download(x0)(), frozen() if frozen else None
-        for name, value in (("x0", clean), ("v_old", v_old), ("v_ref", v_ref)):
-            if value is not None and not np.isfinite(value).all():
-                hint = f": {OUT_OF_RANGE}" if self.config.model.dtype == "float16" else ""
-                raise RuntimeError(f"{self.worker}: {name} of {item.prompt.text!r} is not finite{hint}")
         return CleanSamples(
             x0=clean,
             t=t,
@@ -210,6 +214,17 @@ class SamplerCore:
             parts.append(self._copies.download(v.to(dtype)))
         shape = (num_samples, num_times, *self.model.latent_shape)
         return lambda: np.concatenate([part() for part in parts]).reshape(shape)
+
+
+def _cleared(samples: CleanSamples, bad: np.ndarray) -> np.ndarray:
+    """Which of them are `bad`, bool (G,), or have a velocity that is not finite: those are set to 0, in place."""
+    found = [velocity for velocity in (samples.v_old, samples.v_ref) if velocity is not None]
+    for velocity in found:
+        bad = bad | ~np.isfinite(velocity).reshape(len(velocity), -1).all(1)
+    if bad.any():
+        for values in (samples.x0, *found):
+            values[bad] = 0
+    return bad
 
 
 def hold_of(config: ExperimentConfig) -> Callable[..., Hold]:

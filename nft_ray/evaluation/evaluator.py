@@ -8,16 +8,19 @@ evaluate` both end here. It knows no Ray and no torch.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from nft_ray.algorithms.remarks import not_finite
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results
 from nft_ray.roles import EvaluationRoles
-from nft_ray.types import RolloutRequest
+from nft_ray.types import RolloutInfo, RolloutRequest
 
 PICTURES = 24
+_log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Told (lines that are done, lines of the whole set)."""
 
@@ -59,11 +62,13 @@ async def evaluate(
     room = asyncio.Semaphore(pipeline_depth(config))
     trained = config.trained_weights.keys()  # a reward that is only measured stops nothing, as in training
     num_lines, done, missing = sum(request.num_images for request in requests), len(kept), 0
+    infos: list[tuple[RolloutRequest, RolloutInfo]] = []
 
     async def one(request: RolloutRequest) -> None:
         nonlocal done, missing
         async with room:
             rollout = await roles.samplers.rollout(request)
+            infos.append((request, rollout.info))
             rewards = await roles.scorers.score(request, rollout)
             wanted = [i for i, item in enumerate(request.items) if item.prompt.id in pictures]
             if wanted:
@@ -87,6 +92,8 @@ async def evaluate(
                 group.create_task(one(request))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
+    if any(info.non_finite for _, info in infos):
+        _log.warning("evaluation: %s; they are drawn grey, and count", not_finite(infos))
     return folder.replace(folder.results())
 
 

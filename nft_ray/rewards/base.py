@@ -44,7 +44,7 @@ class Scores:
     """What a reward says about B images.
 
     values: f32 (B,), higher is better, finite or NaN = missing; details: name -> the same, measured beside it. Other
-    real numbers become float32 on their way (`check_scores`): a reward need not think of that.
+    real numbers become float32 on their way, infinite ones NaN (`check_scores`): a reward need not think of that.
     """
 
     values: np.ndarray
@@ -194,7 +194,8 @@ def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[M
 def check_scores(scores: Scores, num_images: int) -> Scores:
     """What a reward returned as float32 (B,) arrays; other real numbers are converted: NumPy makes float64 of a float.
 
-    ValueError, without the reward's name, where there is not one such number per image, finite or NaN = missing.
+    An infinite one, or one beyond float32, says nothing of its image: NaN, missing. ValueError, without the reward's
+    name, where there is not one number per image.
     """
     if not isinstance(scores, Scores):
         raise ValueError(f"returned a {type(scores).__name__}; return nft_ray.rewards.base.Scores")
@@ -213,22 +214,15 @@ def check_scores(scores: Scores, num_images: int) -> Scores:
 
 
 def _column(what: str, array: np.ndarray, num_images: int) -> np.ndarray:
-    rule = "return float32 (B,)"
+    rule = f"for {num_images} images; return float32 ({num_images},)"
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"returned {what} as a {type(array).__name__}; {rule}")
-    if array.shape != (num_images,):
-        found = f"{len(array)} {what}" if array.ndim == 1 else f"{what} of shape {array.shape}"
-        raise ValueError(f"returned {found} for {num_images} images; {rule}")
-    if not np.can_cast(array.dtype, np.float32, "same_kind"):
-        raise ValueError(f"returned {what} of dtype {array.dtype}; {rule}")
-    if (infinite := array[np.isinf(array)]).size:
-        raise ValueError(f"returned {what} that hold {infinite[0]}; each must be finite, or NaN for missing")
+        raise ValueError(f"returned {what} as a {type(array).__name__} {rule}")
+    if array.shape != (num_images,) or not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise ValueError(f"returned {what} as {array.dtype} {array.shape} {rule}")
     with np.errstate(over="ignore"):
         column = array.astype(np.float32, copy=False)
-    beyond = np.isinf(column)
-    if beyond.any():
-        raise ValueError(f"returned {what} beyond float32 (up to {np.abs(array[beyond]).max():g}); {rule}")
-    return column
+    infinite = np.isinf(column)
+    return np.where(infinite, np.float32(np.nan), column) if infinite.any() else column
 
 
 def one_line(error: ValidationError, where: str, *, known: Sequence[str] = ()) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nft_ray.rewards.base import Scores
+from nft_ray.rewards.base import Scores, check_scores
 from nft_ray.types import Rewards
 
 
@@ -36,13 +36,20 @@ def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapp
     """What every reward said of one rollout, as one record; None = that reward could not be had: NaN and missing.
 
     scores: reward name -> Scores of (num_images,), details become "reward/detail"; weights: as in `weighted_sum`.
+    ValueError, naming the reward, where they are not one number per image: who answered under its name was not ours.
     """
     raw: dict[str, np.ndarray] = {}
     details: dict[str, np.ndarray] = {}
     for name, found in scores.items():
-        raw[name] = np.full(num_images, np.nan, np.float32) if found is None else found.values.astype(np.float32)
-        if found is not None:
-            details |= {f"{name}/{detail}": value.astype(np.float32) for detail, value in found.details.items()}
+        if found is None:
+            raw[name] = np.full(num_images, np.nan, np.float32)
+            continue
+        try:
+            checked = check_scores(found, num_images)
+        except ValueError as error:
+            raise ValueError(f"reward {name}: {error}") from None
+        raw[name] = checked.values
+        details |= {f"{name}/{detail}": value for detail, value in checked.details.items()}
     return Rewards(
         raw=raw,
         details=details,

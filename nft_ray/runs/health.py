@@ -1,15 +1,17 @@
 """Does the training still learn? Counted from epoch to epoch; what goes on for too long ends the run, or takes it back.
 
 no reward differs within any group      ─► no step; `run.max_epochs_without_signal` in a row: the run stops
-a gradient, x0 or velocity not finite   ─► left out; `run.max_skipped_epochs` in a row: back to the last good epoch,
+a gradient, or most images, not finite  ─► left out; `run.max_skipped_epochs` in a row: back to the last good epoch,
                                            and when that does not help, the run stops and names prompts
 """
 
+import logging
 from collections.abc import Sequence
 
 from nft_ray.config import RunConfig
 from nft_ray.types import Batch, ScoredGroup, UpdateResult
 
+_log = logging.getLogger(__name__)
 NAMED = 3
 """Prompts that an error names, at most."""
 
@@ -37,6 +39,10 @@ class Health:
         self._flat = self._flat + 1 if batch.metrics.get("reward/groups_without_signal") == 1 else 0
         bad = not_finite(groups, update)
         self._skipped = self._skipped + 1 if bad else 0
+        if update.skipped_steps:
+            scales = [value for name, value in update.metrics.items() if name.endswith("/loss_scale")]
+            now = "".join(f"; float16's loss scale is {scale:g} of what it began with" for scale in scales)
+            _log.warning("epoch %d: left out, for a gradient was not finite: %s%s", epoch, bad, now)
         if self._skipped >= self._run.max_skipped_epochs:
             first, self._skipped = epoch - self._skipped + 1, 0
             raise NotFiniteError(
@@ -57,16 +63,23 @@ class Health:
 
 
 def not_finite(groups: Sequence[ScoredGroup], update: UpdateResult) -> str:
-    """What was not finite in an epoch, in words; empty where nothing was."""
+    """What was not finite in an epoch, in words; empty where nothing was, or only images of which most were not: they
+    cost no more than themselves.
+    """
     prompts = {group.request.items[0].group_id: group.request.items[0].prompt for group in groups}
     drawn = [group.request.items[0].group_id for group in groups if group.info.non_finite]
+    lost, images = (sum(counts) for counts in zip(*map(_lost, groups), strict=True))
     parts = []
-    if drawn:
-        parts.append(f"images of {_named([prompts[number].text for number in drawn])}")
+    if 2 * lost > images:
+        parts.append(f"{lost} of {images} images, of {_named([prompts[number].text for number in drawn])}")
     if update.skipped_steps:
         culprits = [prompts[number].text for number in update.culprits if number in prompts]
         parts.append(f"{update.skipped_steps} steps" + (f", by {_named(culprits)}" if culprits else ""))
     return "; ".join(parts)
+
+
+def _lost(group: ScoredGroup) -> tuple[int, int]:
+    return len(group.info.non_finite), group.request.num_images
 
 
 def _named(prompts: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,16 +183,69 @@ def test_the_gradient_of_a_16_bit_run_is_that_of_an_exact_one(dtype: str, size: 
     assert 0.99 <= a @ b / (a.norm() * b.norm()) < 1
 
 
-@pytest.mark.parametrize(("dtype", "hint"), [("float16", "model.dtype = bfloat16"), ("float32", "finite$")])
-def test_what_left_the_range_of_its_numbers_is_not_trained_on(dtype: str, hint: str, learner: LearnerCore) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_left_the_range_of_its_numbers_is_named_and_sent_as_zeros(dtype: str, learner: LearnerCore) -> None:
     core = SamplerCore(example_config(f"model.dtype={dtype}"))
     adapters, weights = learner.probe()
     core.load(adapters, weights)
-    core.rollout(request(core.config))
-    weight = next(core.model.transformer.parameters())
-    weight.data[0] = torch.inf
-    with pytest.raises(RuntimeError, match=f"local: x0 of 'a photo of .*' is not .*{hint}") as error:
-        core.rollout(request(core.config))
+    assert core.rollout(request(core.config))[0].non_finite == ()
+    next(core.model.transformer.parameters()).data[0] = torch.inf
+    for split in ("train", "eval"):
+        info, images, samples = core.rollout(request(core.config, split=split))
+        assert info.non_finite == (0, 1, 2, 3)
+        assert len(np.unique(images.reshape(4, -1), axis=0)) == 1  # what zeros look like
+    info, _, samples = core.rollout(request(core.config))
+    assert samples is not None
+    assert not samples.x0.any()
+    assert not samples.v_old.any()
+
+
+def test_the_neighbours_of_an_image_that_is_not_finite_are_as_good_as_ever(
+    config: ExperimentConfig, learner: LearnerCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = loaded(config, learner)
+    _, images, expected = core.rollout(request(config))
+    draw, velocities = core._draw, core.velocities
+
+    def broken_draw(*arguments: Any) -> torch.Tensor:
+        x0 = draw(*arguments)
+        x0[1, 0, 0, 0] = torch.nan
+        return x0
+
+    def broken_velocities(*arguments: Any) -> Any:
+        v = velocities(*arguments)()
+        v[3, 1, 0, 0, 0] = np.inf
+        return lambda: v
+
+    monkeypatch.setattr(core, "_draw", broken_draw)
+    monkeypatch.setattr(core, "velocities", broken_velocities)
+    info, again, samples = core.rollout(request(config))
+    assert info.non_finite == (1, 3)
+    assert samples is not None
+    assert expected is not None
+    np.testing.assert_array_equal(again[[0, 2, 3]], images[[0, 2, 3]])
+    for name in ("x0", "v_old", "v_ref"):
+        found, wanted = getattr(samples, name), getattr(expected, name)
+        np.testing.assert_array_equal(found[[0, 2]], wanted[[0, 2]])
+        assert not found[[1, 3]].any()
+
+
+def test_a_sampler_goes_back_to_an_earlier_version(config: ExperimentConfig, learner: LearnerCore) -> None:
+    adapters, weights = learner.probe()
+    core = SamplerCore(config)
+    for version in (4, 5, 3, 4):
+        core.load(dataclasses.replace(adapters, version=version), weights)
+        core.rollout(request(config, version=version))
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [("float16", "model.dtype = bfloat16"), ("float32", "of no use$")])
+def test_a_velocity_that_is_not_finite_is_said_to_be(dtype: str, hint: str, learner: LearnerCore) -> None:
+    adapters, weights = learner.probe()
+    weights = AdapterWeights(old=scaled(weights.old, 1e30), ema=weights.ema)
+    receipt = SamplerCore(example_config(f"model.dtype={dtype}")).load(adapters, weights)
+    blown = dataclasses.replace(adapters, checksums=receipt.checksums, probe=receipt.probe)
+    with pytest.raises(RuntimeError, match=f"^local: the velocity of version -1 is not finite: .*{hint}") as error:
+        verify(blown, receipt, dtype)
     assert "\n" not in str(error.value)
 
 

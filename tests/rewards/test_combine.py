@@ -44,3 +44,18 @@ def test_a_reward_that_could_not_be_had_is_missing_and_never_zero() -> None:
     }
     assert rewards.details.keys() == {"a/strict"}
     assert np.isnan(assemble(scores, 2, {"a": 2.0, "b": 1.0}).total).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.zeros(3), r"float64 \(3,\)"),
+        (np.zeros((4, 1), np.float32), r"float32 \(4, 1\)"),
+        (np.array(["a"] * 4), "<U1"),
+    ],
+)
+def test_whoever_answered_under_a_rewards_name_its_scores_are_one_per_image(values: np.ndarray, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"^reward a: returned values as {found}.* for 4 images; return float32 \(4,"):
+        assemble({"a": Scores(values=values)}, 4, {"a": 1.0})
+    with pytest.raises(ValueError, match=r"^reward a: returned a dict"):
+        assemble({"a": {"values": values}}, 4, {"a": 1.0})  # type: ignore[dict-item]
