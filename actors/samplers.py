@@ -6,27 +6,33 @@
 Failure policy
 - As in pool.py; a replacement builds the model, loads the kept versions and is verified before it serves, so a
   request that is redone gives the same group.
+- A rollout for which the device's memory is too small: with `sampler.shrink_on_oom` the replacement, and those after
+  it, work with half the micro-batch, which the log says once per size; else the lines say which fields to lower.
 - Ray's own restarts and task retries are off: a restarted actor would come back without adapters. What a worker
-  returned outlives it (the driver owns it), but not the node that holds it: then the scorers call the group missing.
+  returned outlives it (the driver owns it), but not the node that holds it: then it is ObjectsLostError.
 - A receipt that does not match what the learner announced stops the run with both values.
 """
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from logging import getLogger
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from actors.answers import answer, one_line
 from actors.bundles import in_bundle
 from actors.downloads import download
-from actors.pool import WorkerPool, answer
-from nft_ray.config import ExperimentConfig
+from actors.pool import WorkerPool
+from nft_ray.config import ExperimentConfig, SamplerConfig
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
+from nft_ray.failures import lost, out_of_memory, store_full
 from nft_ray.models.base import fetch_model
+from nft_ray.roles import ObjectsLostError
 from nft_ray.types import (
     Adapters,
     AdapterWeights,
@@ -36,6 +42,9 @@ from nft_ray.types import (
     RolloutInfo,
     RolloutRequest,
 )
+
+logger = getLogger(__name__)
+T = TypeVar("T")
 
 
 class SamplerLike(Protocol):
@@ -89,7 +98,8 @@ class SamplerPool:
         self._awake = asyncio.Event()
         self._awake.set()
         self._kept: dict[int, Adapters] = {}
-        sampler = config.sampler
+        sampler = self._batches = config.sampler
+        self._spawned: dict[str, SamplerConfig] = {}  # by name: what each works with
         self._pool = WorkerPool(
             f"{config.run.name}/sampler",
             sampler.num_workers,
@@ -100,14 +110,19 @@ class SamplerPool:
             timeout_s=sampler.timeout_s,
             max_in_flight=sampler.max_in_flight,
             max_attempts=sampler.max_attempts,
+            least=sampler.min_workers,
+            most=sampler.max_workers,
+            mend=self._shrink,
+            advice=self._advice,
         )
 
     @property
     def size(self) -> int:
-        return self._config.sampler.num_workers
+        """Those that serve now."""
+        return len(self._pool.names)
 
     async def start(self) -> None:
-        """Every sampler placed, its model loaded."""
+        """`sampler.min_workers` samplers placed, their models loaded; by default all."""
         await self._pool.start()
 
     def close(self) -> None:
@@ -125,16 +140,24 @@ class SamplerPool:
         await self._pool.broadcast("wake up", lambda actor: [actor.wake.remote()])
 
     async def load(self, adapters: Adapters) -> None:
-        """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
+        """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`.
+
+        ObjectsLostError: the weights are gone with the node of the learner. Room that there is now is used.
+        """
         if isinstance(adapters.weights, AdapterWeights):  # read from a file by the driver, not made by a learner
             adapters = dataclasses.replace(adapters, weights=ray.put(adapters.weights))
         self._kept.pop(adapters.version, None)  # the newest stands last, a restored version too
         self._kept[adapters.version] = adapters
         for version in list(self._kept)[: -(self._config.run.max_staleness + 1)]:
             del self._kept[version]
-        receipts = await self._pool.broadcast(f"load version {adapters.version}", lambda actor: _load(actor, adapters))
-        for receipt in receipts:
+        what = f"load version {adapters.version}"
+        for receipt in await self._unless_lost(
+            self._pool.broadcast(what, lambda actor: _load(actor, adapters)),
+            f"the weights of version {adapters.version}",
+        ):
             verify(adapters, receipt, self._config.model.dtype)
+        if self.size < self._pool.most:
+            self._pool.grow(room(await asyncio.to_thread(ray.available_resources), self._config.sampler))
 
     async def rollout(self, request: RolloutRequest) -> Rollout:
         what = f"rollout of epoch {request.epoch}, prompt {request.items[0].prompt.id}"
@@ -144,10 +167,43 @@ class SamplerPool:
         return Rollout(info=info, images=images, samples=samples)
 
     async def images(self, rollout: Rollout) -> np.ndarray:
-        return await answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
+        """ObjectsLostError where they are gone with the node that drew them."""
+        images = answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
+        return await self._unless_lost(images, "the images of a rollout")
+
+    async def _unless_lost(self, work: Awaitable[T], what: str) -> T:
+        try:
+            return await work
+        except Exception as error:
+            if lost(error):
+                raise ObjectsLostError(f"{what} are lost with their node: {one_line(error)}") from error
+            raise
+
+    def _shrink(self, name: str, error: BaseException) -> str:
+        """Half the micro-batch for whoever is started from now on, if `name` ran out of memory with today's."""
+        had = self._spawned[name]
+        if not (out_of_memory(error) and had.shrink_on_oom):
+            return ""
+        smaller = shrunk(had)
+        if smaller == had:
+            return ""
+        if had.micro_batch_size == self._batches.micro_batch_size:
+            self._batches = smaller
+            logger.warning(
+                "out of GPU memory: samplers that start from now on work with %s; set that (was %s)",
+                *(_sizes(sampler) for sampler in (smaller, had)),
+            )
+        return f"its replacement works with {_sizes(self._batches)}"
+
+    def _advice(self, error: BaseException) -> str:
+        if out_of_memory(error):
+            return f"lower {_sizes(self._batches)}"
+        if store_full(error):
+            return "give Ray more object_store_memory, or its disk more room"
+        return ""
 
     def _spawn(self, name: str, seat: int) -> Any:
-        sampler = self._config.sampler
+        sampler = self._spawned[name] = self._batches
         actor = ray.remote(SamplerActor).options(  # type: ignore[attr-defined]
             name=name,
             num_cpus=sampler.num_cpus,
@@ -156,7 +212,7 @@ class SamplerPool:
             max_task_retries=0,
             scheduling_strategy="DEFAULT" if self._bundles is None else in_bundle(self._bundles, seat),
         )
-        return actor.remote(self._make, self._config, name)
+        return actor.remote(self._make, self._config.model_copy(update={"sampler": sampler}), name)
 
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
@@ -169,6 +225,28 @@ class SamplerPool:
             receipt = await answer(_load(actor, adapters)[0], f"load version {adapters.version}", timeout_s)
             verify(adapters, receipt, self._config.model.dtype)
             loaded.append(adapters)
+
+
+def shrunk(sampler: SamplerConfig) -> SamplerConfig:
+    """Half the images of a forward and of a pass through the VAE; the same where both are 1."""
+    decode = sampler.decode_batch_size
+    half = {
+        "micro_batch_size": max(1, sampler.micro_batch_size // 2),
+        "decode_batch_size": None if decode is None else max(1, decode // 2),
+    }
+    return sampler.model_copy(update=half)
+
+
+def room(free: Mapping[str, float], sampler: SamplerConfig) -> int:
+    """How many more samplers the free resources of a cluster hold, if they lie well."""
+    each = [(free.get("CPU", 0.0), sampler.num_cpus), (free.get("GPU", 0.0), sampler.num_gpus)]
+    return int(min((have / needs + 1e-4 for have, needs in each if needs), default=sampler.max_workers or 0))
+
+
+def _sizes(sampler: SamplerConfig) -> str:
+    decode = sampler.decode_batch_size
+    also = f", sampler.decode_batch_size = {decode}" if decode else ""
+    return f"sampler.micro_batch_size = {sampler.micro_batch_size}{also}"
 
 
 def _load(actor: Any, adapters: Adapters) -> Sequence[Any]:
