@@ -17,10 +17,12 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup
 
 from actors.answers import answer, one_line
@@ -73,6 +75,7 @@ class SamplerActor:
         yield from fetch_model(self._model, token)
 
     def build(self) -> None:
+        check_card(bool(ray.get_gpu_ids()))
         self._core = self._make()
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
@@ -86,6 +89,14 @@ class SamplerActor:
 
     def wake(self) -> None:
         self._core.wake()
+
+
+def check_card(has_gpu: bool, driver: Path = Path("/proc/driver/nvidia/version")) -> None:
+    """RuntimeError, a device failure, where a card has fallen off its bus: the worker would use the CPU."""
+    if has_gpu and driver.exists() and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"No CUDA GPUs are available on {ray.util.get_node_ip_address()}, which has a driver for them"
+        )
 
 
 class SamplerPool:

@@ -168,8 +168,8 @@ class SamplerConfig(WorkersConfig):
     decode_batch_size: Annotated[Positive | None, Mark.PLACEMENT] = None
     """Images of one pass through the VAE, which needs more memory than the transformer; null = micro_batch_size."""
     shrink_on_oom: Annotated[bool, Mark.PLACEMENT] = True
-    """A worker whose GPU memory was too small for a rollout is replaced by one with half of both; false = as it was,
-    until `max_attempts` workers have failed."""
+    """A worker whose GPU memory was too small for a rollout is replaced by one with half of both (images may round
+    differently then, as with any micro-batch); false = by one like it, until `max_attempts` have failed."""
     lora: Annotated[Literal["auto", "merged", "unmerged"], Mark.ROUNDING] = "auto"
     """A LoRA added to the weights, or beside them: slower, rounds less. auto: beside bfloat16 (docs/decisions/0003)."""
     compile: Annotated[bool, Mark.PLACEMENT] = False
