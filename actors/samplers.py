@@ -15,7 +15,7 @@ Failure policy
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from actors.answers import answer, one_line
@@ -156,22 +157,23 @@ class SamplerPool:
         ObjectsLostError: the weights are gone with the node of the learner. Room that there is now is used.
         """
         if isinstance(adapters.weights, AdapterWeights):  # read from a file by the driver, not made by a learner
-            adapters = dataclasses.replace(adapters, weights=ray.put(adapters.weights))
+            adapters = dataclasses.replace(adapters, weights=self._put(adapters.weights))
         self._kept.pop(adapters.version, None)  # the newest stands last, a restored version too
         self._kept[adapters.version] = adapters
         for version in list(self._kept)[: -(self._config.run.max_staleness + 1)]:
             del self._kept[version]
         what = f"load version {adapters.version}"
-        for receipt in await self._unless_lost(
+        for receipt in await self._told(
             self._pool.broadcast(what, lambda actor: _load(actor, adapters)),
             f"the weights of version {adapters.version}",
         ):
             verify(adapters, receipt, self._config.model.dtype)
         if self.size < self._pool.most:
-            self._pool.grow(room(await asyncio.to_thread(ray.available_resources), self._config.sampler))
+            free = await asyncio.to_thread(ray._private.state.available_resources_per_node)  # type: ignore[attr-defined]
+            self._pool.grow(room(free.values(), self._config.sampler))
 
     async def rollout(self, request: RolloutRequest) -> Rollout:
-        what = f"rollout of epoch {request.epoch}, prompt {request.items[0].prompt.id}"
+        what = f"rollout of {_when(request)}, prompt {request.items[0].prompt.id}"
         info, (_, images, samples) = await self._pool.call(
             what, lambda actor: actor.rollout.options(num_returns=3).remote(request)
         )
@@ -180,15 +182,22 @@ class SamplerPool:
     async def images(self, rollout: Rollout) -> np.ndarray:
         """ObjectsLostError where they are gone with the node that drew them."""
         images = answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
-        return await self._unless_lost(images, "the images of a rollout")
+        return await self._told(images, "the images of a rollout")
 
-    async def _unless_lost(self, work: Awaitable[T], what: str) -> T:
+    def _put(self, weights: AdapterWeights) -> Any:
+        try:
+            return ray.put(weights)
+        except RayError as error:
+            raise RuntimeError(f"weights for the samplers: {one_line(error)}; {self._advice(error)}") from error
+
+    async def _told(self, work: Awaitable[T], what: str) -> T:
+        """Ray's own errors, which run over many lines, as one line of ours."""
         try:
             return await work
-        except Exception as error:
+        except RayError as error:
             if lost(error):
                 raise ObjectsLostError(f"{what} are lost with their node: {one_line(error)}") from error
-            raise
+            raise RuntimeError("; ".join(filter(None, (f"{what}: {one_line(error)}", self._advice(error))))) from error
 
     def _shrink(self, name: str, error: BaseException) -> str:
         """Half the micro-batch for whoever is started from now on, if `name` ran out of memory with today's."""
@@ -198,7 +207,7 @@ class SamplerPool:
         smaller = shrunk(had)
         if smaller == had:
             return ""
-        if had.micro_batch_size == self._batches.micro_batch_size:
+        if had == self._batches:
             self._batches = smaller
             logger.warning(
                 "out of GPU memory: samplers that start from now on work with %s; set that (was %s)",
@@ -248,10 +257,17 @@ def shrunk(sampler: SamplerConfig) -> SamplerConfig:
     return sampler.model_copy(update=half)
 
 
-def room(free: Mapping[str, float], sampler: SamplerConfig) -> int:
-    """How many more samplers the free resources of a cluster hold, if they lie well."""
-    each = [(free.get("CPU", 0.0), sampler.num_cpus), (free.get("GPU", 0.0), sampler.num_gpus)]
-    return int(min((have / needs + 1e-4 for have, needs in each if needs), default=sampler.max_workers or 0))
+def room(nodes: Iterable[Mapping[str, float]], sampler: SamplerConfig) -> int:
+    """How many more samplers the nodes have room for, each with so much free; at most `sampler.max_workers`."""
+    most, found = sampler.max_workers or 0, 0
+    for free in nodes:
+        each = [(free.get("CPU", 0.0), sampler.num_cpus), (free.get("GPU", 0.0), sampler.num_gpus)]
+        found += int(min((have / needs + 1e-4 for have, needs in each if needs), default=most))
+    return min(found, most)
+
+
+def _when(request: RolloutRequest) -> str:
+    return f"epoch {request.epoch + 1}" if request.split == "train" else "an evaluation"
 
 
 def _sizes(sampler: SamplerConfig) -> str:

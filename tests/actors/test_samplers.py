@@ -178,12 +178,13 @@ def test_pieces_are_halved_down_to_one() -> None:
     assert shrunk(config().sampler).decode_batch_size is None
 
 
-def test_room_is_what_is_free_in_whole_samplers() -> None:
-    sampler = config(num_cpus=0.3, num_gpus=1).sampler
-    assert room({"CPU": 0.9, "GPU": 2.0}, sampler) == 2
-    assert room({"CPU": 0.9, "GPU": 8.0}, sampler) == 3
-    assert room({"CPU": 8.0}, sampler) == 0
-    assert room({}, config(num_cpus=0, max_workers=5).sampler) == 5
+def test_room_is_what_is_free_in_whole_samplers_on_each_node() -> None:
+    sampler = config(num_cpus=0.3, num_gpus=1, max_workers=9).sampler
+    assert room([{"CPU": 0.9, "GPU": 2.0}], sampler) == 2
+    assert room([{"CPU": 0.9, "GPU": 8.0}], sampler) == 3
+    assert room([{"CPU": 0.2, "GPU": 1.0}, {"CPU": 8.0}, {}, {"CPU": 0.5, "GPU": 1.0}], sampler) == 1
+    assert room([{"CPU": 99.0, "GPU": 99.0}], sampler) == 9
+    assert room([{}], config(num_cpus=0, max_workers=5).sampler) == 5
 
 
 def test_a_worker_whose_card_is_gone_does_not_work_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
