@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray._private.internal_api import free
 
 from actors import seats
 from actors.samplers import SamplerPool, check_card, room, shrunk
@@ -77,7 +78,9 @@ async def all_serve(pool: SamplerPool, count: int = 2) -> None:
 
 
 def config(**sampler: Any) -> ExperimentConfig:
-    return fake_config(run={"name": "cards"}, sampler={"micro_batch_size": 24, **sampler})
+    """Images of 147 kB: small results are kept by the driver, and never lost."""
+    model = {"height": 128, "width": 128}
+    return fake_config(run={"name": "cards"}, model=model, sampler={"micro_batch_size": 24, **sampler})
 
 
 class TestOnRay:
@@ -161,7 +164,7 @@ class TestOnRay:
         async def main() -> None:
             async with serving(config(num_workers=1), tmp_path) as pool:
                 (rollout,) = await check(pool, 1)
-                ray._private.internal_api.free([rollout.images])
+                free([rollout.images])
                 with pytest.raises(ObjectsLostError, match=r"^the images of a rollout are lost with their node: "):
                     await pool.images(rollout)
 

@@ -21,7 +21,7 @@ from nft_ray.types import Rollout
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, fake_config, fake_request
 
 logger = logging.getLogger("actors.scenario")
-WAIT_S = 8.0
+WAIT_S, ATTEMPTS = 8.0, 2
 CONFIG = fake_config(
     run={"name": "nodes"},
     cluster={"wait_s": WAIT_S},
@@ -31,7 +31,7 @@ CONFIG = fake_config(
         "min_workers": 1,
         "max_workers": 4,
         "num_cpus": 1,
-        "max_attempts": 1,
+        "max_attempts": ATTEMPTS,
         "timeout_s": 30,
     },
 )
@@ -84,7 +84,7 @@ async def live(cluster: Cluster) -> None:
         lost = await images_are_right(pool, drawn)
         assert 0 < lost < len(drawn), lost
         logger.info("images that are lost with a node are known to be")
-        while time.monotonic() < gone + 1.5 * WAIT_S:  # once every attempt would have been made
+        while time.monotonic() < gone + (ATTEMPTS + 0.5) * WAIT_S:  # once every attempt would have been made
             assert await images_are_right(pool, await draw(pool, 2)) == 0
             await asyncio.sleep(0.5)
         assert pool.size == 1, pool.size
