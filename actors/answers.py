@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from nft_ray.roles import TryAgainError
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -17,7 +19,7 @@ REPORT_S = 10.0
 """Seconds between two lines that say what is being waited for."""
 
 
-class DeadlineError(RuntimeError):
+class DeadlineError(TryAgainError):
     """An answer that did not come in time."""
 
 
@@ -94,9 +96,14 @@ async def together(work: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def free_resources() -> str:
-    """What a wait for a place adds to its log line."""
+    """What a wait for a place adds to its log line; a place is on one node, so what one has counts, too."""
     free = ray.available_resources()
-    return f"the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+    line = f"the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+    nodes = list(ray._private.state.available_resources_per_node().values())  # type: ignore[attr-defined]
+    if len(nodes) < 2:
+        return line
+    cpus, gpus = (max(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{line}, one node at most {cpus:g} and {gpus:g}"
 
 
 def one_line(error: BaseException | None) -> str:

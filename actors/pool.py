@@ -44,6 +44,7 @@ __all__ = [
     "one_line",
     "together",
     "waiting",
+    "worker_failure",
 ]
 
 STORE_PAUSE_S = 2.0

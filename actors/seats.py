@@ -31,6 +31,7 @@ from ray.exceptions import (
 
 from actors.answers import DeadlineError, answer, free_resources, one_line
 from nft_ray.failures import device_failure, lost, store_full
+from nft_ray.roles import TryAgainError
 
 logger = logging.getLogger(__name__)
 
@@ -158,18 +159,18 @@ class Seats:
     def patience_s(self, since: float) -> float | None:
         """How long a call that has waited since then goes on while nobody serves (None: somebody is being prepared).
 
-        RuntimeError: no longer, and why.
+        TryAgainError: no longer, and why.
         """
         errors = list(self._vacant.values())
         failed = [error for error in errors if not isinstance(error, NoPlaceError)]
         if len(failed) == len(self._filling):
             why = self.told(failed[-1]) if failed else "the log says why"
-            raise RuntimeError(f"{self._role}: no worker is left of {self._wanted}; {why}")
+            raise TryAgainError(f"{self._role}: no worker is left of {self._wanted}; {why}")
         if self._preparing:
             return None
         left = max(self._alone_since, since) + self._place_s - time.monotonic()
         if left <= 0:
-            raise RuntimeError(
+            raise TryAgainError(
                 f"{self._role}: no worker is left of {self._wanted}, and none could start within {self._place_s:g} s"
                 + (f"; last: {self.told(errors[-1])}" if errors else "")
             )

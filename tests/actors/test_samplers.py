@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray._private.internal_api import free
+from ray.exceptions import OutOfDiskError, OwnerDiedError
 
 from actors import seats
 from actors.samplers import SamplerPool, check_card, room, shrunk
@@ -160,15 +160,28 @@ class TestOnRay:
 
         asyncio.run(main())
 
-    def test_images_that_are_gone_are_lost_objects(self, tmp_path: Path) -> None:
-        async def main() -> None:
-            async with serving(config(num_workers=1), tmp_path) as pool:
-                (rollout,) = await check(pool, 1)
-                free([rollout.images])
-                with pytest.raises(ObjectsLostError, match=r"^the images of a rollout are lost with their node: "):
-                    await pool.images(rollout)
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "line"),
+    [
+        (OwnerDiedError("ab", None, ""), ObjectsLostError, "^the images of a rollout are lost with their node: Owner"),
+        (
+            OutOfDiskError("full"),
+            RuntimeError,
+            "^the images of a rollout: OutOfDiskError: .*; give Ray more obj",
+        ),
+    ],
+)
+def test_images_that_cannot_be_had_are_one_line(failure: Exception, kind: type[Exception], line: str) -> None:
+    async def gone() -> None:
+        raise failure
+
+    async def main() -> None:
+        await SamplerPool(config(), FakeSamplerCore).images(Rollout(info=None, images=gone(), samples=None))  # type: ignore[arg-type]
+
+    with pytest.raises(kind, match=line) as told:
         asyncio.run(main())
+    assert "\n" not in str(told.value)
 
 
 def test_pieces_are_halved_down_to_one() -> None:
