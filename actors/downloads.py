@@ -7,7 +7,7 @@ logs and shows in its dashboard, and not through the worker's environment.
 import logging
 from typing import Any
 
-from actors.pool import answer, waiting
+from actors.answers import answer, waiting
 from nft_ray.config import ModelConfig
 from nft_ray.downloads.pipelines import REPORT_S, STALL_S, is_remote, token
 

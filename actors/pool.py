@@ -1,68 +1,62 @@
 """Interchangeable Ray actors behind one `call`: bounded in flight, retried elsewhere, replaced when dead.
 
     call ──► a worker with room ──► answer
-                 │ died, unavailable, or past its deadline
+                 │ died, unavailable, past its deadline, or its device failed
                  ▼
              killed ──► every request that it held goes to another worker
-                 └────► a replacement is started, prepared and joins; meanwhile the pool goes on with who is left
+                 └────► its seat is filled again (seats.py); meanwhile the pool goes on with who is left
 
 Failure policy
 - A worker that fails a request for any reason but the core's own exception is killed and replaced: one rule for a
-  crash, a lost node, a lost connection and a hang (a running actor method cannot be cancelled). Requests must be
-  repeatable.
+  crash, a lost node, a lost connection, a CUDA error, a stopped process and a hang (a running actor method cannot be
+  cancelled). Requests must be repeatable.
+- A worker is overdue when it holds calls and has answered none for `timeout_s`: however slowly Ray notices a dead
+  node, and however many calls are queued there.
 - The core's own exception is the same on any worker: it is raised as itself, at once, with the remote traceback as
   its cause.
-- A request fails with RuntimeError after `max_attempts` workers; a seat is given up after `max_attempts` replacements
-  that did not come up; when no seat is left, every call fails with RuntimeError. Nothing waits without a deadline.
+- A request fails with RuntimeError after `max_attempts` workers that failed while it was in work; those that were only
+  queued there do not count. A full object store is waited for, as often.
+- While no worker serves, calls wait for one that is being prepared, else `place_s`, then fail with RuntimeError.
 
 This file knows neither samplers nor models; what a replacement needs before it serves is the caller's `prepare`.
 """
 
 import asyncio
-import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
-import ray
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError
 
-from nft_ray.roles import TryAgainError
+from actors.answers import DeadlineError, Pending, answer, free_resources, one_line, together, waiting
+from actors.seats import WORKER_FAILURES, Seats, Worker, worker_failure
+from nft_ray.failures import lost, store_full
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+__all__ = [
+    "WORKER_FAILURES",
+    "DeadlineError",
+    "Pending",
+    "WorkerPool",
+    "answer",
+    "free_resources",
+    "one_line",
+    "together",
+    "waiting",
+    "worker_failure",
+]
 
-REPORT_S = 10.0
-"""Seconds between two lines that say what is being waited for."""
-
-
-class DeadlineError(TryAgainError):
-    """An answer that did not come in time."""
-
-
-WORKER_FAILURES = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, DeadlineError)
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One Ray actor while it lives; `in_flight` counts the calls that it holds, the one in work included."""
-
-    seat: int
-    name: str
-    actor: Any
-    in_flight: int = 0
+STORE_PAUSE_S = 2.0
+"""Before a call is made again whose result found no room: scorers and learners free what they have read."""
 
 
 class WorkerPool:
-    """`num_workers` seats. `spawn(name, seat)` starts an actor at once; `prepare(actor)` makes it ready to serve."""
+    """Workers in seats: see seats.py for `spawn`, `prepare`, `least`, `most` and `advice`.
+
+    `mend(name, error)` is told which worker failed a call and how: what it has changed so that the replacement bears
+    the same call, in words, or nothing. Such a failure is not counted against the call.
+    """
 
     def __init__(
         self,
@@ -76,222 +70,145 @@ class WorkerPool:
         timeout_s: float,
         max_in_flight: int,
         max_attempts: int,
+        least: int | None = None,
+        most: int | None = None,
+        mend: Callable[[str, BaseException], str] = lambda name, error: "",
+        advice: Callable[[BaseException], str] = lambda error: "",
     ) -> None:
-        self._role, self._num_workers = role, num_workers
-        self._spawn, self._prepare = spawn, prepare
-        self._place, self._place_s, self._timeout_s = place, place_s, timeout_s
+        self._role, self._timeout_s, self._mend = role, timeout_s, mend
         self._max_in_flight, self._max_attempts = max_in_flight, max_attempts
-        self._workers: dict[int, Worker] = {}  # by seat: those that serve
-        self._starting: set[Any] = set()
-        self._lives = [0] * num_workers
-        self._replacing: set[asyncio.Task[None]] = set()
-        self._error: BaseException | None = None
-        self._changed = asyncio.Event()
+        self._seats = Seats(
+            role,
+            wanted=num_workers,
+            least=least or num_workers,
+            most=most or num_workers,
+            spawn=spawn,
+            prepare=prepare,
+            place=place,
+            place_s=place_s,
+            max_attempts=max_attempts,
+            advice=advice,
+        )
         self._pending = Pending(self._say)
 
+    @property
+    def names(self) -> list[str]:
+        """Of those who serve."""
+        return [worker.name for worker in self._seats.workers.values()]
+
+    @property
+    def most(self) -> int:
+        """How many there may be."""
+        return self._seats.most
+
     async def start(self) -> None:
-        """Every seat taken and prepared; the first that fails is raised: a run does not start half."""
+        """`least` seats taken and prepared, or what keeps them from it is raised."""
         with self._pending.one():
-            await together([self._occupy(seat) for seat in range(self._num_workers)])
+            await self._seats.start()
 
     async def settle(self) -> None:
-        """Return when no replacement is under way: each has its own deadlines."""
-        while self._replacing:
-            await asyncio.wait(self._replacing)
+        """Return when no replacement that has a place is being prepared."""
+        await self._seats.settle()
+
+    def grow(self, room: int) -> None:
+        """Up to `room` more workers, at most `most` in all, come to serve by and by."""
+        self._seats.grow(room)
 
     def close(self) -> None:
         """Kill every worker; calls that still wait fail."""
-        self._error = self._error or RuntimeError(f"{self._role}: the pool is closed")
-        for task in self._replacing:
-            task.cancel()
-        for actor in [*self._starting, *(worker.actor for worker in self._workers.values())]:
-            ray.kill(actor)
-        self._workers.clear()
-        self._starting.clear()
-        self._changed.set()
+        self._seats.close(RuntimeError(f"{self._role}: the pool is closed"))
 
     async def call(self, what: str, send: Callable[[Any], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
         """`send(actor)` returns the references of one actor call; gives back the first one's value, and all of them."""
-        failure: BaseException | None = None
+        failures: list[BaseException] = []
         with self._pending.one():
-            for _ in range(self._max_attempts):
-                worker = await self._worker_with_room()
+            while len(failures) < self._max_attempts:
+                worker, call = await self._worker_with_room(), object()
                 try:
-                    return await self._ask(worker, what, send)
-                except WORKER_FAILURES as error:
-                    failure = error
+                    return await self._ask(worker, call, what, send, self._mend)
+                except Exception as error:
+                    if not (worker_failure(error) or store_full(error)):
+                        raise
+                    if worker.culprit is call or store_full(error):
+                        failures.append(error)
+                    if store_full(error):
+                        await asyncio.sleep(STORE_PAUSE_S * len(failures))
         raise RuntimeError(
-            f"{self._role}: {what} failed on {self._max_attempts} workers; last: {one_line(failure)}"
-        ) from failure
+            f"{self._role}: {what} failed on {len(failures)} workers; last: {self._seats.told(failures[-1])}"
+        ) from failures[-1]
 
     async def broadcast(self, what: str, send: Callable[[Any], Sequence[Any]]) -> list[Any]:
         """The answer of every worker that serves; one that fails is replaced, and `prepare` sees to its replacement."""
 
         async def ask(worker: Worker) -> list[Any]:
             try:
-                return [(await self._ask(worker, what, send))[0]]
-            except WORKER_FAILURES:
+                return [(await self._ask(worker, object(), what, send))[0]]
+            except Exception as error:
+                if not (worker_failure(error) or store_full(error)):
+                    raise
+                self._seats.retire(worker, error)
                 return []
 
         with self._pending.one():
-            answers = await together([ask(worker) for worker in self._workers.values()])
+            answers = await together([ask(worker) for worker in self._seats.workers.values()])
         return [answer for part in answers for answer in part]
 
-    async def _ask(self, worker: Worker, what: str, send: Callable[[Any], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
-        worker.in_flight += 1
+    async def _ask(
+        self,
+        worker: Worker,
+        call: object,
+        what: str,
+        send: Callable[[Any], Sequence[Any]],
+        mend: Callable[[str, BaseException], str] = lambda name, error: "",
+    ) -> tuple[Any, Sequence[Any]]:
+        """One call of one worker, which is retired if it fails in any way but its own."""
+        if not worker.calls:
+            worker.since = time.monotonic()
+        worker.calls.append(call)
         try:
             refs = send(worker.actor)
-            return await answer(refs[0], f"{worker.name}: {what}", self._timeout_s * worker.in_flight), refs
-        except WORKER_FAILURES as error:
-            self._retire(worker, error)
+            return await self._answer(worker, refs[0], f"{worker.name}: {what}"), refs
+        except Exception as error:
+            if not worker_failure(error):
+                if isinstance(error, RayError) and not (store_full(error) or lost(error)):  # it runs over many lines
+                    raise RuntimeError(f"{worker.name}: {what}: {one_line(error)}") from error
+                raise
+            if not worker.gone.done():
+                self._seats.retire(worker, error, mend(worker.name, error))
             raise
         finally:
-            worker.in_flight -= 1
-            self._changed.set()
+            if worker.calls[0] is call:
+                worker.since = time.monotonic()
+            worker.calls.remove(call)
+            self._seats.changed.set()
+
+    async def _answer(self, worker: Worker, ref: Any, what: str) -> Any:
+        """The value, while the worker is not retired, and gives any answer at all within `timeout_s`."""
+        asked = asyncio.ensure_future(answer(ref, what, math.inf))
+        try:
+            while not asked.done():
+                left_s = worker.since + self._timeout_s - time.monotonic()
+                if left_s <= 0:
+                    raise DeadlineError(f"{what}: no answer within {self._timeout_s:g} s")
+                await asyncio.wait((asked, worker.gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if worker.gone.done() and not asked.done():
+                    raise DeadlineError(f"{what}: {worker.name} is gone")
+            return asked.result()
+        finally:
+            asked.cancel()
 
     async def _worker_with_room(self) -> Worker:
-        """The worker with the fewest calls in flight; waits while all are full, raises when none is left or coming."""
+        """The worker with the fewest calls in flight; waits while all are full, or none is there but one may come."""
+        seats, since = self._seats, time.monotonic()
         while True:
-            if self._error is not None:
-                raise self._error
-            free = [worker for worker in self._workers.values() if worker.in_flight < self._max_in_flight]
+            seats.check()
+            free = [worker for worker in seats.workers.values() if len(worker.calls) < self._max_in_flight]
             if free:
-                return min(free, key=lambda worker: worker.in_flight)
-            if not self._workers and not self._replacing:
-                raise RuntimeError(f"{self._role}: no worker is left of {self._num_workers}; the log says why")
-            self._changed.clear()
-            await self._changed.wait()
-
-    def _retire(self, worker: Worker, error: BaseException) -> None:
-        if self._workers.get(worker.seat) is not worker:
-            return  # another of its calls was first
-        logger.warning("%s failed and is replaced: %s", worker.name, one_line(error))
-        del self._workers[worker.seat]
-        ray.kill(worker.actor)
-        task = asyncio.create_task(self._replace(worker.seat))
-        self._replacing.add(task)
-        task.add_done_callback(self._replaced)
-
-    async def _replace(self, seat: int) -> None:
-        for _ in range(self._max_attempts):
-            try:
-                return await self._occupy(seat)
-            except WORKER_FAILURES as error:
-                logger.warning("%s-%d: a replacement did not come up: %s", self._role, seat, one_line(error))
-        logger.error("%s-%d is given up after %d replacements", self._role, seat, self._max_attempts)
-
-    def _replaced(self, task: "asyncio.Task[None]") -> None:
-        self._replacing.discard(task)
-        if not task.cancelled() and task.exception() is not None:  # the core's own: it would fail anywhere
-            self._error = self._error or task.exception()
-        self._changed.set()
-
-    async def _occupy(self, seat: int) -> None:
-        life, self._lives[seat] = self._lives[seat], self._lives[seat] + 1
-        name = f"{self._role}-{seat}" + (f".{life}" if life else "")
-        actor = self._spawn(name, seat)
-        self._starting.add(actor)
-        try:
-            await answer(actor.__ray_ready__.remote(), f"{name} {self._place}", self._place_s)
-            await self._prepare(actor)
-        except BaseException:
-            ray.kill(actor)
-            raise
-        finally:
-            self._starting.discard(actor)
-        # no await since `prepare` returned: what it loaded is still all there is
-        self._workers[seat] = Worker(seat, name, actor)
-        self._changed.set()
+                return min(free, key=lambda worker: len(worker.calls))
+            patience_s = None if seats.workers else seats.patience_s(since)
+            seats.changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(seats.changed.wait(), patience_s)
 
     def _say(self, count: int) -> str:
-        serve = f"{self._role}: {count} calls outstanding, {len(self._workers)} of {self._num_workers} workers serve"
-        starting = self._num_workers - len(self._workers)
-        return f"{serve}, {starting} {self._place}; {free_resources()}" if starting else serve
-
-
-class Pending:
-    """Counts what is outstanding; when nothing has finished for REPORT_S seconds, says so in one line."""
-
-    def __init__(self, say: Callable[[int], str]) -> None:
-        self._say = say
-        self._count = self._finished = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        self._count += 1
-        self._timer = self._timer or self._in_a_while()
-        try:
-            yield
-        finally:
-            self._count -= 1
-            self._finished += 1
-            if not self._count and self._timer:
-                self._timer.cancel()
-                self._timer = None
-
-    def _in_a_while(self) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(REPORT_S, self._tick)
-
-    def _tick(self) -> None:
-        if not self._finished:
-            logger.info("waiting for %s", self._say(self._count))
-        self._finished = 0
-        self._timer = self._in_a_while()
-
-
-async def answer(ref: Any, what: str, timeout_s: float, detail: Callable[[], str] | None = None) -> Any:
-    """The value of a Ray reference. Past the deadline, or cancelled, the Ray task is cancelled too, if it still waits.
-
-    An exception of the remote code is raised as itself. With `detail`, a long wait is logged every REPORT_S seconds.
-    """
-    try:
-        return await waiting(ref, what, timeout_s, detail)
-    except RayTaskError as error:
-        raise error.cause from error
-    except (DeadlineError, asyncio.CancelledError):
-        ray.cancel(ref)
-        raise
-
-
-async def waiting(work: Awaitable[T], what: str, timeout_s: float, detail: Callable[[], str] | None = None) -> T:
-    """Await with a deadline: DeadlineError says what was waited for, and so does the log if `detail` is given."""
-    task, started = asyncio.ensure_future(work), time.monotonic()
-    try:
-        while not task.done():
-            waited = time.monotonic() - started
-            if waited >= timeout_s:
-                raise DeadlineError(f"{what}: no answer within {timeout_s:g} s")
-            if detail and waited >= REPORT_S:
-                logger.info("waiting for %s (%.0f s) %s", what, waited, await asyncio.to_thread(detail))
-            await asyncio.wait([task], timeout=min(REPORT_S, timeout_s - waited))
-        return task.result()
-    finally:
-        task.cancel()
-
-
-async def together(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest and is raised as itself, not in a group."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def free_resources() -> str:
-    """What a wait for a place adds to its log line; a place is on one node, so what one has counts, too."""
-    free = ray.available_resources()
-    line = f"the cluster has {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
-    nodes = list(ray._private.state.available_resources_per_node().values())  # type: ignore[attr-defined]
-    if len(nodes) < 2:
-        return line
-    cpus, gpus = (max(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    return f"{line}, one node at most {cpus:g} and {gpus:g}"
-
-
-def one_line(error: BaseException | None) -> str:
-    """An error in one line: Ray's own run over many."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{self._role}: {count} calls outstanding, {self._seats.waiting()}"

@@ -6,27 +6,36 @@
 Failure policy
 - As in pool.py; a replacement builds the model, loads the kept versions and is verified before it serves, so a
   request that is redone gives the same group.
+- A rollout for which the device's memory is too small: with `sampler.shrink_on_oom` the replacement, and those after
+  it, work with half the micro-batch, which the log says once per size; else the lines say which fields to lower.
 - Ray's own restarts and task retries are off: a restarted actor would come back without adapters. What a worker
-  returned outlives it (the driver owns it), but not the node that holds it: then the scorers call the group missing.
+  returned outlives it (the driver owns it), but not the node that holds it: then it is ObjectsLostError.
 - A receipt that does not match what the learner announced stops the run with both values.
 """
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
+import torch
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
+from actors.answers import answer, one_line
 from actors.bundles import in_bundle
 from actors.downloads import download
-from actors.pool import WorkerPool, answer
-from nft_ray.config import ExperimentConfig
+from actors.pool import WorkerPool
+from nft_ray.config import ExperimentConfig, SamplerConfig
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
+from nft_ray.failures import lost, out_of_memory, store_full
 from nft_ray.models.base import fetch_model
+from nft_ray.roles import ObjectsLostError
 from nft_ray.types import (
     Adapters,
     AdapterWeights,
@@ -36,6 +45,9 @@ from nft_ray.types import (
     RolloutInfo,
     RolloutRequest,
 )
+
+logger = getLogger(__name__)
+T = TypeVar("T")
 
 
 class SamplerLike(Protocol):
@@ -64,6 +76,7 @@ class SamplerActor:
         yield from fetch_model(self._model, token)
 
     def build(self) -> None:
+        check_card(bool(ray.get_gpu_ids()))
         self._core = self._make()
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
@@ -79,6 +92,14 @@ class SamplerActor:
         self._core.wake()
 
 
+def check_card(has_gpu: bool, driver: Path = Path("/proc/driver/nvidia/version")) -> None:
+    """RuntimeError, a device failure, where a card has fallen off its bus: the worker would use the CPU."""
+    if has_gpu and driver.exists() and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"No CUDA GPUs are available on {ray.util.get_node_ip_address()}, which has a driver for them"
+        )
+
+
 class SamplerPool:
     """roles.Samplers over Ray actors."""
 
@@ -89,7 +110,8 @@ class SamplerPool:
         self._awake = asyncio.Event()
         self._awake.set()
         self._kept: dict[int, Adapters] = {}
-        sampler = config.sampler
+        sampler = self._batches = config.sampler
+        self._spawned: dict[str, SamplerConfig] = {}  # by name: what each works with
         self._pool = WorkerPool(
             f"{config.run.name}/sampler",
             sampler.num_workers,
@@ -100,14 +122,19 @@ class SamplerPool:
             timeout_s=sampler.timeout_s,
             max_in_flight=sampler.max_in_flight,
             max_attempts=sampler.max_attempts,
+            least=sampler.min_workers,
+            most=sampler.max_workers,
+            mend=self._shrink,
+            advice=self._advice,
         )
 
     @property
     def size(self) -> int:
-        return self._config.sampler.num_workers
+        """Those that serve now."""
+        return len(self._pool.names)
 
     async def start(self) -> None:
-        """Every sampler placed, its model loaded."""
+        """`sampler.min_workers` samplers placed, their models loaded; by default all."""
         await self._pool.start()
 
     def close(self) -> None:
@@ -125,29 +152,78 @@ class SamplerPool:
         await self._pool.broadcast("wake up", lambda actor: [actor.wake.remote()])
 
     async def load(self, adapters: Adapters) -> None:
-        """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`."""
+        """Kept before it is sent: a worker that is being replaced meanwhile gets it from `_prepare`.
+
+        ObjectsLostError: the weights are gone with the node of the learner. Room that there is now is used.
+        """
         if isinstance(adapters.weights, AdapterWeights):  # read from a file by the driver, not made by a learner
-            adapters = dataclasses.replace(adapters, weights=ray.put(adapters.weights))
+            adapters = dataclasses.replace(adapters, weights=self._put(adapters.weights))
         self._kept.pop(adapters.version, None)  # the newest stands last, a restored version too
         self._kept[adapters.version] = adapters
         for version in list(self._kept)[: -(self._config.run.max_staleness + 1)]:
             del self._kept[version]
-        receipts = await self._pool.broadcast(f"load version {adapters.version}", lambda actor: _load(actor, adapters))
-        for receipt in receipts:
+        what = f"load version {adapters.version}"
+        for receipt in await self._told(
+            self._pool.broadcast(what, lambda actor: _load(actor, adapters)),
+            f"the weights of version {adapters.version}",
+        ):
             verify(adapters, receipt, self._config.model.dtype)
+        if self.size < self._pool.most:
+            free = await asyncio.to_thread(ray._private.state.available_resources_per_node)  # type: ignore[attr-defined]
+            self._pool.grow(room(free.values(), self._config.sampler))
 
     async def rollout(self, request: RolloutRequest) -> Rollout:
-        what = f"rollout of epoch {request.epoch}, prompt {request.items[0].prompt.id}"
+        what = f"rollout of {_when(request)}, prompt {request.items[0].prompt.id}"
         info, (_, images, samples) = await self._pool.call(
             what, lambda actor: actor.rollout.options(num_returns=3).remote(request)
         )
         return Rollout(info=info, images=images, samples=samples)
 
     async def images(self, rollout: Rollout) -> np.ndarray:
-        return await answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
+        """ObjectsLostError where they are gone with the node that drew them."""
+        images = answer(rollout.images, "images of a rollout", self._config.sampler.timeout_s)
+        return await self._told(images, "the images of a rollout")
+
+    def _put(self, weights: AdapterWeights) -> Any:
+        try:
+            return ray.put(weights)
+        except RayError as error:
+            raise RuntimeError(f"weights for the samplers: {one_line(error)}; {self._advice(error)}") from error
+
+    async def _told(self, work: Awaitable[T], what: str) -> T:
+        """Ray's own errors, which run over many lines, as one line of ours."""
+        try:
+            return await work
+        except RayError as error:
+            if lost(error):
+                raise ObjectsLostError(f"{what} are lost with their node: {one_line(error)}") from error
+            raise RuntimeError("; ".join(filter(None, (f"{what}: {one_line(error)}", self._advice(error))))) from error
+
+    def _shrink(self, name: str, error: BaseException) -> str:
+        """Half the micro-batch for whoever is started from now on, if `name` ran out of memory with today's."""
+        had = self._spawned[name]
+        if not (out_of_memory(error) and had.shrink_on_oom):
+            return ""
+        smaller = shrunk(had)
+        if smaller == had:
+            return ""
+        if had == self._batches:
+            self._batches = smaller
+            logger.warning(
+                "out of GPU memory: samplers that start from now on work with %s; set that (was %s)",
+                *(_sizes(sampler) for sampler in (smaller, had)),
+            )
+        return f"its replacement works with {_sizes(self._batches)}"
+
+    def _advice(self, error: BaseException) -> str:
+        if out_of_memory(error):
+            return f"lower {_sizes(self._batches)}"
+        if store_full(error):
+            return "give Ray more object_store_memory, or its disk more room"
+        return ""
 
     def _spawn(self, name: str, seat: int) -> Any:
-        sampler = self._config.sampler
+        sampler = self._spawned[name] = self._batches
         actor = ray.remote(SamplerActor).options(  # type: ignore[attr-defined]
             name=name,
             num_cpus=sampler.num_cpus,
@@ -156,7 +232,7 @@ class SamplerPool:
             max_task_retries=0,
             scheduling_strategy="DEFAULT" if self._bundles is None else in_bundle(self._bundles, seat),
         )
-        return actor.remote(self._make, self._config, name)
+        return actor.remote(self._make, self._config.model_copy(update={"sampler": sampler}), name)
 
     async def _prepare(self, actor: Any) -> None:
         """The model, then every kept version, oldest first; again while new ones arrive."""
@@ -169,6 +245,35 @@ class SamplerPool:
             receipt = await answer(_load(actor, adapters)[0], f"load version {adapters.version}", timeout_s)
             verify(adapters, receipt, self._config.model.dtype)
             loaded.append(adapters)
+
+
+def shrunk(sampler: SamplerConfig) -> SamplerConfig:
+    """Half the images of a forward and of a pass through the VAE; the same where both are 1."""
+    decode = sampler.decode_batch_size
+    half = {
+        "micro_batch_size": max(1, sampler.micro_batch_size // 2),
+        "decode_batch_size": None if decode is None else max(1, decode // 2),
+    }
+    return sampler.model_copy(update=half)
+
+
+def room(nodes: Iterable[Mapping[str, float]], sampler: SamplerConfig) -> int:
+    """How many more samplers the nodes have room for, each with so much free; at most `sampler.max_workers`."""
+    most, found = sampler.max_workers or 0, 0
+    for free in nodes:
+        each = [(free.get("CPU", 0.0), sampler.num_cpus), (free.get("GPU", 0.0), sampler.num_gpus)]
+        found += int(min((have / needs + 1e-4 for have, needs in each if needs), default=most))
+    return min(found, most)
+
+
+def _when(request: RolloutRequest) -> str:
+    return f"epoch {request.epoch + 1}" if request.split == "train" else "an evaluation"
+
+
+def _sizes(sampler: SamplerConfig) -> str:
+    decode = sampler.decode_batch_size
+    also = f", sampler.decode_batch_size = {decode}" if decode else ""
+    return f"sampler.micro_batch_size = {sampler.micro_batch_size}{also}"
 
 
 def _load(actor: Any, adapters: Adapters) -> Sequence[Any]:

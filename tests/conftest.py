@@ -32,6 +32,7 @@ TOGETHER = {
         "actors/test_colocation.py",
         "actors/test_downloads.py",
         "actors/test_nodes.py",
+        "actors/test_samplers.py",
         "deployments/test_plane.py",
         "deployments/test_sglang_actor.py",
         "e2e/test_evaluate.py",

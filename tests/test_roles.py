@@ -385,11 +385,11 @@ def pool_of(ray: Run) -> Any:
 
 async def replaced(ray: Run) -> str:
     """Wait for the replacement; the names of those who serve, each of whom has all that a rollout needs."""
-    pool = pool_of(ray)
-    await asyncio.gather(*pool._replacing)
-    assert len(pool._workers) == pool._num_workers
-    names: set[str] = set()
+    num_workers = CONFIG.sampler.num_workers
+    async with asyncio.timeout(30):
+        while ray.roles.samplers.size < num_workers:
+            await asyncio.sleep(0.05)
     drawn = await check_rollouts(ray.roles, [fake_request(0, prompt) for prompt in range(8)])
     names = {rollout.info.worker for rollout in drawn}
-    assert len(names) == pool._num_workers
+    assert len(names) == num_workers
     return " ".join(sorted(names))

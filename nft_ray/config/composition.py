@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 STAGED = ("prompts", "sampler", "learner", "algorithm", "rewards", "scorers", "evaluation")
 """Sections that a stage may override."""
-WORKERS = ("num_workers", "num_cpus", "num_gpus")
+WORKERS = ("num_workers", "min_workers", "max_workers", "num_cpus", "num_gpus")
 """Keys of sampler and learner that it may not: the run has one placement."""
 
 

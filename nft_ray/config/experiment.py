@@ -78,6 +78,7 @@ class ExperimentConfig(Section):
                 f"sampler.num_times = {self.sampler.num_times}: training times are drawn from the sampler's "
                 f"{self.sampler.num_steps} sigmas without replacement; use at most {self.sampler.num_steps}"
             )
+        self._between_least_and_most()
         if self.cluster.placement == "colocated":
             self._can_share_devices()
         if self.model.tuning == "full" and self.sampler.lora != "auto":
@@ -98,6 +99,21 @@ class ExperimentConfig(Section):
         if not any(config.weight and not config.eval_only for config in self.reward_configs.values()):
             raise ValueError("rewards: none has a weight to train on; give one of them `weight: 1` without eval_only")
         return self
+
+    def _between_least_and_most(self) -> None:
+        """sampler.min_workers <= sampler.num_workers <= sampler.max_workers; colocated, every learner needs its own."""
+        count = self.sampler.num_workers
+        for name, value, rule, fits in (
+            ("min_workers", self.sampler.min_workers, "at most", lambda value: value <= count),
+            ("max_workers", self.sampler.max_workers, "at least", lambda value: value >= count),
+        ):
+            if value is not None and not fits(value):
+                raise ValueError(f"sampler.{name} = {value}: it is {rule} sampler.num_workers = {count}; use {count}")
+            if value is not None and value != count and self.cluster.placement == "colocated":
+                raise ValueError(
+                    f"sampler.{name} = {value}: with cluster.placement = 'colocated' each of the {count} samplers "
+                    f"shares a device with a learner; use {count}, or leave it out"
+                )
 
     def _can_share_devices(self) -> None:
         samplers, learners = self.sampler.num_workers, self.learner.num_workers

@@ -154,7 +154,7 @@ class SamplerConfig(WorkersConfig):
     min_workers: Annotated[Positive | None, Mark.PLACEMENT] = None
     """The run starts, and goes on, with so many; the others join when there is room. null = it starts with all."""
     max_workers: Annotated[Positive | None, Mark.PLACEMENT] = None
-    """Room that appears is used, an epoch later, up to so many workers. null = `num_workers`."""
+    """Room that there is when an epoch ends is used from the next on, up to so many workers. null = `num_workers`."""
     solver: Solver = "euler"
     """Solver of training rollouts."""
     num_steps: Positive = 10
@@ -167,6 +167,9 @@ class SamplerConfig(WorkersConfig):
     """Images (or (sample, time) pairs) of one forward; with guidance, half as many images."""
     decode_batch_size: Annotated[Positive | None, Mark.PLACEMENT] = None
     """Images of one pass through the VAE, which needs more memory than the transformer; null = micro_batch_size."""
+    shrink_on_oom: Annotated[bool, Mark.PLACEMENT] = True
+    """A worker whose GPU memory was too small for a rollout is replaced by one with half of both (images may round
+    differently then, as with any micro-batch); false = by one like it, until `max_attempts` have failed."""
     lora: Annotated[Literal["auto", "merged", "unmerged"], Mark.ROUNDING] = "auto"
     """A LoRA added to the weights, or beside them: slower, rounds less. auto: beside bfloat16 (docs/decisions/0003)."""
     compile: Annotated[bool, Mark.PLACEMENT] = False

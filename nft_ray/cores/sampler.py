@@ -206,8 +206,9 @@ class SamplerCore:
         dtype = getattr(torch, self.config.sampler.velocity_dtype)
         for rows, count in self._chunks(num_samples * num_times, self.config.sampler.micro_batch_size):
             sample, k = rows // num_times, rows % num_times
-            t_rows = self._copies.upload(torch.from_numpy(t[sample, k]))
-            e = self._copies.upload(noise(noise_seeds[sample, k], self.model.latent_shape))
+            chosen = sample.numpy(), k.numpy()  # NumPy takes a tensor of one number for that number
+            t_rows = self._copies.upload(torch.from_numpy(t[chosen]))
+            e = self._copies.upload(noise(noise_seeds[chosen], self.model.latent_shape))
             x_t = interpolate(x0[self._copies.upload(sample)], e, t_rows)
             of_rows = repeat(conditioning, self._copies.upload(torch.zeros_like(rows)))
             v = self.model.velocity(x_t, t_rows, of_rows)[:count]

@@ -99,7 +99,8 @@ async def evaluate(
 
 def pipeline_depth(config: ExperimentConfig) -> int:
     """Requests that keep every sampler and every reward busy: so many are between a sampler and the folder."""
-    return config.sampler.num_workers * config.sampler.max_in_flight + config.scorers.max_in_flight
+    sampler = config.sampler
+    return (sampler.max_workers or sampler.num_workers) * sampler.max_in_flight + config.scorers.max_in_flight
 
 
 def spaced(num_lines: int, count: int = PICTURES) -> list[int]:

@@ -212,6 +212,23 @@ class TestAcrossFields:
         assert example_config(*one_pair).cluster.placement == "colocated"
         assert re.search(line, refusal(*one_pair, *overrides))
 
+    @pytest.mark.parametrize(
+        ("overrides", "line"),
+        [
+            (["sampler.min_workers=3"], "sampler.min_workers = 3: it is at most sampler.num_workers = 2; use 2"),
+            (["sampler.max_workers=1"], "sampler.max_workers = 1: it is at least sampler.num_workers = 2; use 2"),
+            (
+                ["sampler.min_workers=1", "cluster.placement=colocated", "learner.num_workers=2"],
+                "sampler.min_workers = 1: with cluster.placement = 'colocated' each of the 2 samplers shares a device "
+                "with a learner; use 2, or leave it out",
+            ),
+        ],
+    )
+    def test_least_and_most_samplers_surround_their_number(self, overrides: list[str], line: str) -> None:
+        ok = example_config("sampler.num_workers=2", "sampler.min_workers=1", "sampler.max_workers=5").sampler
+        assert (ok.min_workers, ok.max_workers) == (1, 5)
+        assert refusal("sampler.num_workers=2", *overrides) == line
+
     @pytest.mark.parametrize("override", ["rewards.geneval.weight=0", "rewards.geneval.eval_only=true"])
     def test_one_reward_must_train(self, override: str) -> None:
         assert refusal(override).startswith("rewards: none has a weight to train on; ")

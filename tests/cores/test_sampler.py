@@ -301,3 +301,15 @@ def test_compiled_blocks_see_every_new_version_and_compile_once(compiler: None) 
 
 def load_again(config: ExperimentConfig, **sampler: object) -> ExperimentConfig:
     return config.model_copy(update={"sampler": config.sampler.model_copy(update=sampler)})
+
+
+def test_one_image_at_a_time_is_all_of_them_at_once(config: ExperimentConfig, learner: LearnerCore) -> None:
+    """Of the smallest micro-batch, and of one that leaves a last piece of one."""
+    whole, *others = [
+        loaded(load_again(config, micro_batch_size=size), learner).rollout(request(config))[1:] for size in (64, 1, 7)
+    ]
+    for images, samples in others:
+        assert np.abs(images.astype(int) - whole[0].astype(int)).max() <= 1
+        assert samples is not None
+        assert whole[1] is not None
+        np.testing.assert_allclose(samples.v_old, whole[1].v_old, rtol=1e-2, atol=1e-3)
