@@ -31,6 +31,7 @@ TOGETHER = {
     "ray": (
         "actors/test_colocation.py",
         "actors/test_downloads.py",
+        "actors/test_learners.py",
         "actors/test_nodes.py",
         "deployments/test_plane.py",
         "deployments/test_sglang_actor.py",
