@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nft_ray.config import ExperimentConfig
-from nft_ray.roles import ObjectsLostError
+from nft_ray.roles import ObjectsLostError, StateLostError
 from nft_ray.types import Adapters, Batch, Rewards, Rollout, RolloutRequest, UpdateResult
+from tests.fakes import FakeLearnerCore
 from tests.test_trainer import World, config_for, policy, train
 
 
@@ -67,3 +68,28 @@ def test_what_is_lost_again_and_again_stops_the_run(what: str, tmp_path: Path) -
     with pytest.raises(ObjectsLostError, match="lost"):
         train(config, tmp_path, world=world)
     assert world.left[what] >= 1000 - 4 * 3  # each of 4 groups, three times
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(("tuning", "again"), [("lora", [3]), ("full", [2, 3])])
+def test_a_lost_state_takes_the_run_back_to_the_newest_that_is_here(
+    tuning: str, again: list[int], staleness: int, tmp_path: Path
+) -> None:
+    """That of a LoRA is here after every epoch, that of a whole transformer in each second epoch's checkpoint."""
+
+    class Forgetful(World):
+        async def update(self, batch: Batch) -> UpdateResult:
+            if batch.epoch == 3 and "update 3" not in self.diary:
+                self.note("update 3")
+                self.learner = FakeLearnerCore(self.config)
+                raise StateLostError("learner 0 died")
+            return await super().update(batch)
+
+    config = config_for(staleness, epochs=5)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tuning": tuning})})
+    straight, _ = train(config, tmp_path / "straight")
+    world, tracker = train(config, tmp_path / "forgetful", world=Forgetful(config))
+    updates = [int(note.split()[1]) for note in world.diary if note.startswith("update")]
+    assert updates == [0, 1, 2, 3, *again, 4]
+    assert tracker.epochs == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(policy(world), policy(straight))

@@ -15,7 +15,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
-from nft_ray.roles import Roles, StateLostError
+from nft_ray.roles import Roles
 from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
@@ -365,31 +365,6 @@ def test_a_run_without_signal_stops_and_one_that_finds_it_again_does_not(tmp_pat
     endless = config_for(epochs=9, max_epochs_without_signal=None)
     _, tracker = train(endless, tmp_path / "endless", world=SickWorld(endless, flat={5, 6, 7, 8}))
     assert tracker.epochs == list(range(1, 10))
-
-
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize(("tuning", "again"), [("lora", [3]), ("full", [2, 3])])
-def test_a_lost_state_takes_the_run_back_to_the_newest_that_is_here(
-    tuning: str, again: list[int], staleness: int, tmp_path: Path
-) -> None:
-    """That of a LoRA is here after every epoch, that of a whole transformer in each second epoch's checkpoint."""
-
-    class Forgetful(World):
-        async def update(self, batch: Batch) -> UpdateResult:
-            if batch.epoch == 3 and "update 3" not in self.diary:
-                self.note("update 3")
-                self.learner = FakeLearnerCore(self.config)
-                raise StateLostError("learner 0 died")
-            return await super().update(batch)
-
-    config = config_for(staleness, epochs=5)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"tuning": tuning})})
-    straight, _ = train(config, tmp_path / "straight")
-    world, tracker = train(config, tmp_path / "forgetful", world=Forgetful(config))
-    updates = [int(note.split()[1]) for note in world.diary if note.startswith("update")]
-    assert updates == [0, 1, 2, 3, *again, 4]
-    assert tracker.epochs == [1, 2, 3, 4, 5]
-    np.testing.assert_array_equal(policy(world), policy(straight))
 
 
 def test_an_evaluation_that_fails_after_the_last_update_costs_no_epoch(tmp_path: Path) -> None:

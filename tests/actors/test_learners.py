@@ -45,19 +45,12 @@ def samples_of(epoch: int, prompt: int) -> CleanSamples:
     sampler.load(*FakeLearnerCore(config).adapters()[0])
     samples = sampler.rollout(fake_request(epoch, prompt))[2]
     assert samples is not None
-    return dataclasses.replace(samples)
+    return samples
 
 
 def batch_of(epoch: int, num_shards: int = 2, put: Callable[[Any], Any] = lambda value: value) -> Batch:
-    groups = [
-        TrainGroup(
-            group_id=i,
-            samples=put(samples_of(epoch, i)),
-            weight=np.full(3, 0.25, np.float32),
-            step=np.zeros(3, np.int32),
-        )
-        for i in range(2)
-    ]
+    weight, step = np.full(3, 0.25, np.float32), np.zeros(3, np.int32)
+    groups = [TrainGroup(group_id=i, samples=put(samples_of(epoch, i)), weight=weight, step=step) for i in range(2)]
     shards = tuple(tuple(groups[k::num_shards]) for k in range(num_shards))
     return Batch(epoch=epoch, shards=shards, samples_per_step=(6,), metrics={})
 
