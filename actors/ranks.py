@@ -79,12 +79,11 @@ class Ranks:
             everyone = asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             await waiting(everyone, f"{len(tasks)} learners {what}", wait_s, free_resources)
         except DeadlineError as error:
-            here = [actor for actor, task in zip(self.actors, tasks, strict=True) if task.done()]
-            if len(here) < least:
-                raise GroupError(
-                    f"{len(here)} of {len(tasks)} learners found room within {wait_s:g} s {what}"
-                ) from error
-            logger.warning("%d of %d learners go on: no room for more within %g s", len(here), len(tasks), wait_s)
+            num_here = sum(task.done() for task in tasks)
+            found = f"{num_here} of {len(tasks)} learners found room within {wait_s:g} s {what}"
+            if num_here < least:
+                raise GroupError(found) from error
+            logger.warning("%s, and go on", found)
         finally:
             for task in tasks:
                 task.cancel()

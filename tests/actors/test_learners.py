@@ -273,7 +273,7 @@ def test_too_little_memory_twice_is_met_with_a_smaller_micro_batch(
     once = config.model_copy(update={"learner": config.learner.model_copy(update={"max_restarts": 1})})
     with pytest.raises(
         RuntimeError,
-        match=r"^learner 0 failed: update of epoch 2 \(OutOfMemoryError: .*\) after 1 restarts within 3600 s "
+        match=r"^learner 0 failed: update of epoch 1 \(OutOfMemoryError: .*\) after 1 restarts within 3600 s "
         r"\(learner.max_restarts\); lower learner.micro_batch_size, which is 8; start the run again to go on at its "
         r"last checkpoint$",
     ):
