@@ -1,257 +1,250 @@
-"""The learner plane: ranks of one process group that are placed together, work together and fail together.
+"""The learner plane: ranks of one process group that are placed together, work together and start again together.
 
-    batch ──► rank 0 ─► UpdateResult (driver) · weights (reference)
-         └──► rank k ─► UpdateResult: its checksums must be those of rank 0; no weights
+    batch ──► rank 0 ─► UpdateResult (driver) · weights (reference) · state (reference, held on the driver's node)
+         └──► rank k ─► UpdateResult: its checksums must be those of rank 0; nothing else
+                  │ died, is silent, lost its device
+                  ▼
+              all are killed ──► a new group, at the state of the newest finished epoch ──► asked again
 
 Failure policy
 - All or nothing: one placement group, one process group, every call goes to all ranks under one deadline. Questions,
   too: with `learner.sharding: fsdp` the ranks must put the weights together before rank 0 can answer.
-- A rank that dies, or does not answer in time, ends the group: its peers are killed and every call from then on
-  raises a one-line RuntimeError that names the rank. No rank is replaced, because optimizer state died with it: the
-  run is started again and goes on at its last checkpoint.
-- An exception of the core is raised as itself and ends the group, for its peers wait in a reduction that will not
-  come.
+- A rank that dies, does not answer in time or fails with its device ends the group, for its peers wait in a reduction
+  that will not come: a new one starts, gets the state that the newest epoch left, and the call is made again, an update
+  with the same batch. `learner.max_restarts` within `learner.restart_window_s`, then RuntimeError with the last cause.
+- Where a node stays away for `cluster.wait_s`, the new group has fewer ranks, `learner.min_workers` at least.
+- The state is lost where its node went before the driver had it, and with full fine-tuning, whose tens of GB are kept
+  in checkpoints only: the new group is at version 0 then, and StateLostError says so.
+- Samples that are gone are no rank's fault: ObjectsLostError names their groups, and the group is as before the update.
+- An exception of the core is the same anywhere: it is raised as itself and ends the group for good.
 """
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any, Protocol, cast
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import ray
-import torch
-import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
-from actors.bundles import in_bundle
-from actors.downloads import download
-from actors.pool import WORKER_FAILURES, DeadlineError, answer, free_resources, one_line, together, waiting
+from actors.kept import Kept, lost
+from actors.pool import DeadlineError, one_line
+from actors.rank import LearnerFactory
+from actors.ranks import GroupError, Ranks
+from actors.restarts import Restarts
+from nft_ray import failures
+from nft_ray.algorithms.batch import shard
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.learner import LearnerCore
-from nft_ray.models.base import fetch_model
-from nft_ray.types import Adapters, AdapterWeights, Batch, CleanSamples, LearnerState, TrainGroup, UpdateResult
+from nft_ray.roles import ObjectsLostError, StateLostError
+from nft_ray.types import Adapters, Batch, LearnerState, UpdateResult
 
-GRACE_S = 5.0
-"""After a first failure, seconds for the other ranks to say theirs: a broken connection is the echo of a death."""
-
-
-class LearnerLike(Protocol):
-    """What an actor needs of a core: LearnerCore, or a fake that costs nothing. Weights and state: of rank 0 only."""
-
-    def restore(self, state: LearnerState) -> None: ...
-
-    def state(self) -> LearnerState | None: ...
-
-    def probe(self) -> tuple[Adapters, AdapterWeights | None]: ...
-
-    def adapters(self) -> tuple[tuple[Adapters, AdapterWeights | None], ...]: ...
-
-    def park(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def update(
-        self,
-        epoch: int,
-        groups: Sequence[TrainGroup],
-        samples: Sequence[CleanSamples],
-        samples_per_step: tuple[int, ...],
-    ) -> tuple[UpdateResult, AdapterWeights | None]: ...
-
-
-LearnerFactory = Callable[[ExperimentConfig, int, int], LearnerLike]
-
-
-class LearnerActor:
-    """One rank in one process. `samples` arrive as top-level references: read in place from the object store."""
-
-    def __init__(self, make: LearnerFactory, config: ExperimentConfig, rank: int, world_size: int) -> None:
-        self._config, self._rank, self._world_size = config, rank, world_size
-        self._make = lambda: make(config, rank, world_size)
-
-    def open_store(self) -> tuple[str, int]:
-        """Rank 0 only: port 0 lets the system choose, so no two groups ever race for one."""
-        self._store = self._tcp_store(ray.util.get_node_ip_address(), 0)
-        return self._store.host, self._store.port
-
-    def join(self, host: str, port: int) -> None:
-        """Enter the process group; returns when every rank has."""
-        if self._rank > 0:
-            self._store = self._tcp_store(host, port)
-        on_gpu = self._config.learner.num_gpus and torch.cuda.is_available()  # as the core decides its device
-        backend, timeout = "nccl" if on_gpu else "gloo", self._timeout
-        dist.init_process_group(
-            backend, store=self._store, rank=self._rank, world_size=self._world_size, timeout=timeout
-        )
-
-    def download(self, token: str | None) -> Iterator[str]:
-        yield from fetch_model(self._config.model, token, transformer_only=True)
-
-    def build(self) -> None:
-        self._core = self._make()
-
-    def park(self) -> None:
-        self._core.park()
-
-    def wake(self) -> None:
-        self._core.wake()
-
-    def restore(self, state: LearnerState) -> None:
-        self._core.restore(state)
-
-    def state(self) -> LearnerState | None:
-        return self._core.state()
-
-    def probe(self) -> tuple[Adapters, AdapterWeights | None]:
-        return self._core.probe()
-
-    def adapters(self, num_returns: int) -> list[Adapters | AdapterWeights | None]:
-        """(announcement, weights) of every version, flat: each is a return value of its own; None fills up."""
-        flat = [part for pair in self._core.adapters() for part in pair]
-        return [*flat, *[None] * (num_returns - len(flat))]
-
-    def update(
-        self, epoch: int, groups: Sequence[TrainGroup], samples_per_step: tuple[int, ...], *samples: CleanSamples
-    ) -> tuple[UpdateResult, AdapterWeights | None]:
-        return self._core.update(epoch, groups, samples, samples_per_step)
-
-    @property
-    def _timeout(self) -> timedelta:
-        return timedelta(seconds=self._config.learner.timeout_s)
-
-    def _tcp_store(self, host: str, port: int) -> dist.TCPStore:
-        master = self._rank == 0
-        return dist.TCPStore(host, port, self._world_size, master, timeout=self._timeout, wait_for_workers=False)
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class LearnerGroup:
-    """roles.Learners over Ray actors. After a failure it is over; see the policy above."""
+    """roles.Learners over Ray actors."""
 
-    def __init__(self, config: ExperimentConfig, bundles: PlacementGroup, make: LearnerFactory = LearnerCore) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        bundles: PlacementGroup,
+        make: LearnerFactory = LearnerCore,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config, self._make, self._bundles = config, make, bundles
-        self._actors: list[Any] = []
+        self._keeps = config.model.tuning == "lora"
+        self._lives = 0
+        self._ranks = Ranks(config, bundles, make, 0)
         self._over = ""
+        self._restarts = Restarts(config.learner.max_restarts, config.learner.restart_window_s, clock)
+        self._ooms = Restarts(1, config.learner.restart_window_s, clock)
+        self._turn = asyncio.Lock()
+        self._version = 0
+        self._fresh = True  # as `build` leaves it: nothing to keep
+        self._state: Kept | None = None
+        self._weights: deque[Kept] = deque(maxlen=config.run.max_staleness + 1)
 
     @property
     def size(self) -> int:
-        return self._config.learner.num_workers
+        return len(self._ranks.actors) or self._config.learner.num_workers
 
     async def start(self) -> None:
         """All ranks placed at once, connected, their models loaded."""
-        learner, name = self._config.learner, f"{self._config.run.name}/learner"
-        self._actors = [self._spawn(f"{name}-{rank}", rank) for rank in range(self.size)]
-        start = f"start with {learner.num_cpus:g} CPUs and {learner.num_gpus:g} GPUs each"
-        await self._all(start, lambda actor: actor.__ray_ready__.remote(), self._config.cluster.wait_s, free_resources)
-        await together([download(actor, self._config.model, "a learner") for actor in self._actors])
-        if self.size > 1:
-            host, port = await answer(self._actors[0].open_store.remote(), "rank 0 to open a store", learner.timeout_s)
-            await self._all("join the process group", lambda actor: actor.join.remote(host, port))
-        await self._all("load the model", lambda actor: actor.build.remote())
+        # of a call that failed Ray would print a traceback for each of its return values that nobody asked for
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        await self._ranks.come_up(self._config.learner.num_workers)
 
     def close(self) -> None:
         """Kill every rank."""
         self._over = self._over or "the learner group is closed"
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._ranks.kill()
+        for kept in [*self._weights, *([self._state] if self._state else [])]:
+            kept.drop()
 
     async def park(self) -> None:
         """Every rank's device memory is free."""
-        await self._all("park", lambda actor: actor.park.remote())
+        await self._surely(lambda: self._ranks.all("park", lambda actor: actor.park.remote()))
 
     async def wake(self) -> None:
-        await self._all("wake up", lambda actor: actor.wake.remote())
+        await self._surely(lambda: self._ranks.all("wake up", lambda actor: actor.wake.remote()))
 
     async def restore(self, state: LearnerState) -> None:
+        """From here on this is the state of the newest finished epoch."""
         ref = ray.put(state)
-        await self._all("restore a checkpoint", lambda actor: actor.restore.remote(ref))
+        if self._keeps:
+            self._keep(ref)
+        await self._surely(lambda: self._restore(ref), at_state=False)
+        self._fresh, self._version = False, state.version
+        if not self._keeps:
+            self._state = None
 
     async def state(self) -> LearnerState:
-        state, *_ = await self._all("give the state", lambda actor: actor.state.remote())
-        assert state is not None, "rank 0 gave no state"
-        return cast(LearnerState, state)
+        """As the newest epoch left it: no rank is asked where it is kept."""
+        if self._state is not None:
+            try:
+                return cast(LearnerState, await self._state.value())
+            except (RayError, DeadlineError) as error:
+                logger.warning("the learners' state did not reach this node and is asked for: %s", one_line(error))
+                self._state = None
+        return await self._surely(self._ask_state)
 
     async def probe(self) -> Adapters:
-        ranks = [actor.probe.options(num_returns=2).remote() for actor in self._living]
-        announced = await self._ranks("give random weights", [refs[0] for refs in ranks])
+        return await self._surely(self._probe)
+
+    async def adapters(self) -> tuple[Adapters, ...]:
+        return await self._surely(self._adapters)
+
+    async def update(self, batch: Batch) -> UpdateResult:
+        return await self._surely(lambda: self._update(batch))
+
+    async def _restore(self, ref: Any) -> None:
+        await self._ranks.all("restore a state", lambda actor: actor.restore.remote(ref))
+
+    async def _ask_state(self) -> LearnerState:
+        refs = [actor.state.remote() for actor in self._ranks.actors]
+        state, *_ = await self._ranks.ask("give the state", refs)
+        assert state is not None, "rank 0 gave no state"
+        if self._keeps and not self._fresh:
+            self._keep(refs[0])
+        return cast(LearnerState, state)
+
+    async def _probe(self) -> Adapters:
+        ranks = [actor.probe.options(num_returns=2).remote() for actor in self._ranks.actors]
+        announced = await self._ranks.ask("give random weights", [refs[0] for refs in ranks])
         self._agree(announced)
         return dataclasses.replace(announced[0], weights=ranks[0][1])
 
-    async def adapters(self) -> tuple[Adapters, ...]:
+    async def _adapters(self) -> tuple[Adapters, ...]:
         num_returns = 2 * (self._config.run.max_staleness + 1)
-        ranks = [actor.adapters.options(num_returns=num_returns).remote(num_returns) for actor in self._living]
+        ranks = [actor.adapters.options(num_returns=num_returns).remote(num_returns) for actor in self._ranks.actors]
         found = []
         for place in range(0, num_returns, 2):
-            announced = await self._ranks("give the weights", [refs[place] for refs in ranks])
+            announced = await self._ranks.ask("give the weights", [refs[place] for refs in ranks])
             if announced[0] is not None:
                 self._agree(announced)
-                found.append(dataclasses.replace(announced[0], weights=ranks[0][place + 1]))
+                found.append(self._published(announced[0], ranks[0][place + 1]))
         return tuple(found)
 
-    async def update(self, batch: Batch) -> UpdateResult:
+    async def _update(self, batch: Batch) -> UpdateResult:
+        what = f"update of epoch {batch.epoch + 1}"
+        await _check_samples(what, batch)
         ranks = []
-        for actor, shard in zip(self._living, batch.shards, strict=True):
-            groups = [dataclasses.replace(group, samples=None) for group in shard]
-            arguments = (batch.epoch, groups, batch.samples_per_step, *(group.samples for group in shard))
-            ranks.append(actor.update.options(num_returns=2).remote(*arguments))
-        results = await self._ranks(f"update of epoch {batch.epoch}", [refs[0] for refs in ranks])
+        for actor, part in zip(self._ranks.actors, _shards(batch, self.size), strict=True):
+            groups = [dataclasses.replace(group, samples=None) for group in part]
+            samples = [group.samples for group in part]
+            arguments = (batch.epoch, groups, batch.samples_per_step, self._keeps, *samples)
+            ranks.append(actor.update.options(num_returns=3).remote(*arguments))
+        results = await self._ranks.ask(what, [refs[0] for refs in ranks])
         self._agree([result.adapters for result in results])
-        return dataclasses.replace(results[0], adapters=dataclasses.replace(results[0].adapters, weights=ranks[0][1]))
+        self._fresh, self._version = False, results[0].version
+        if self._keeps:
+            self._keep(ranks[0][2])
+        else:
+            self._state = None
+        return dataclasses.replace(results[0], adapters=self._published(results[0].adapters, ranks[0][1]))
 
-    @property
-    def _living(self) -> list[Any]:
-        if self._over:
-            raise RuntimeError(self._over)
-        return self._actors
+    def _published(self, adapters: Adapters, weights: Any) -> Adapters:
+        """With its weights, which samplers that come later must find, too."""
+        if self._keeps:
+            self._weights.append(Kept(weights, "weights to keep", self._config.learner.timeout_s))
+        return dataclasses.replace(adapters, weights=weights)
 
-    async def _all(
-        self,
-        what: str,
-        send: Callable[[Any], Any],
-        timeout_s: float | None = None,
-        detail: Callable[[], str] = lambda: "",
-    ) -> list[Any]:
-        return await self._ranks(what, [send(actor) for actor in self._living], timeout_s, detail)
+    def _keep(self, ref: Any) -> None:
+        self._state = Kept(ref, "a state to keep", self._config.learner.timeout_s)
 
-    async def _ranks(
-        self,
-        what: str,
-        refs: Sequence[Any],
-        timeout_s: float | None = None,
-        detail: Callable[[], str] = lambda: "",
-    ) -> list[Any]:
-        """The answers of ranks 0, 1, ...: all of them, or the group is over."""
-        timeout_s = timeout_s or self._config.learner.timeout_s
-        tasks = [
-            asyncio.ensure_future(answer(ref, f"learner {rank}: {what}", 2 * timeout_s))
-            for rank, ref in enumerate(refs)
-        ]
+    async def _surely(self, work: Callable[[], Awaitable[T]], *, at_state: bool = True) -> T:
+        """`work` on the group that lives, else on the next one; `at_state`: it needs what was learned."""
+        async with self._turn:
+            if self._over:
+                raise RuntimeError(self._over)
+            try:
+                while True:
+                    try:
+                        return await work()
+                    except GroupError as failure:
+                        await self._start_again(failure, at_state=at_state)
+            except (ObjectsLostError, StateLostError):
+                raise  # the group lives
+            except Exception as error:
+                self._over = self._over or f"the learners failed: {one_line(error)}"
+                self.close()
+                raise
+
+    async def _start_again(self, failure: GroupError, *, at_state: bool) -> None:
+        """A new group at the state of the newest finished epoch. StateLostError where that is nowhere any more."""
+        while True:
+            self._ranks.kill()
+            self._count(failure)
+            self._lives += 1
+            self._ranks = Ranks(self._config, self._bundles, self._make, self._lives)
+            try:
+                await self._ranks.come_up(self._config.learner.min_workers or self._config.learner.num_workers)
+                if at_state and not self._fresh:
+                    await self._restore(await self._kept_ref())
+                return
+            except GroupError as next_one:
+                failure = next_one
+
+    async def _kept_ref(self) -> Any:
         try:
-            everyone = asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            await waiting(everyone, f"{self.size} learners: {what}", timeout_s, detail)
-            if not all(task.done() and task.exception() is None for task in tasks):
-                await asyncio.wait(tasks, timeout=GRACE_S)
-                self._fail(what, tasks)
-        except DeadlineError as error:
-            silent = ", ".join(str(rank) for rank, task in enumerate(tasks) if not task.done())
-            self._end(f"learner {silent} did not finish within {timeout_s:g} s: {what}", error)
-        finally:
-            for task in tasks:
-                task.cancel()
-        return [task.result() for task in tasks]
+            if self._state is not None:
+                await self._state.value()
+                return self._state.ref
+            why = "tuning: full keeps it in checkpoints only" if not self._keeps else "it was never kept"
+        except (RayError, DeadlineError) as error:
+            why = one_line(error)
+        self._state, self._fresh, self._version = None, True, 0
+        raise StateLostError(f"the learners started again, and what they had learned is lost: {why}")
 
-    def _fail(self, what: str, tasks: Sequence["asyncio.Task[Any]"]) -> None:
-        """Raise what ended the group: a death before an exception, which may be its echo."""
-        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
-        for rank, error in errors.items():
-            if isinstance(error, WORKER_FAILURES):
-                self._end(f"learner {rank} died: {what}", error)
-        rank, error = next(iter(errors.items()))
-        assert error is not None
-        self._over = f"learner {rank} failed: {what}: {one_line(error)}"
-        self.close()
-        raise error
+    def _count(self, failure: GroupError) -> None:
+        """One more restart, said in one line; RuntimeError where it would be one too many."""
+        learner, before = self._config.learner, self._restarts.count
+        memory = failures.out_of_memory(failure.__cause__)
+        if not self._restarts.take():
+            after = f" after {before} restarts within {learner.restart_window_s:g} s (learner.max_restarts)"
+            smaller = f"; lower learner.micro_batch_size, which is {learner.micro_batch_size}" if memory else ""
+            self._end(f"{failure}{after if before else ''}{smaller}", failure)
+        smaller = ""
+        if memory and not self._ooms.take() and learner.micro_batch_size > 1:  # it is no accident
+            size = learner.micro_batch_size // 2
+            learner = learner.model_copy(update={"micro_batch_size": size})
+            self._config = self._config.model_copy(update={"learner": learner})
+            smaller = f" with learner.micro_batch_size = {size} (set it so)"
+        logger.warning(
+            "%s; all learners start again%s, after epoch %d (restart %d of %d)",
+            failure,
+            smaller,
+            self._version,
+            self._restarts.count,
+            learner.max_restarts,
+        )
 
     def _end(self, why: str, error: BaseException) -> None:
         self._over = f"{why}; start the run again to go on at its last checkpoint"
@@ -269,14 +262,17 @@ class LearnerGroup:
                     RuntimeError("checksums differ"),
                 )
 
-    def _spawn(self, name: str, rank: int) -> Any:
-        learner = self._config.learner
-        actor = ray.remote(LearnerActor).options(  # type: ignore[attr-defined]
-            name=name,
-            num_cpus=learner.num_cpus,
-            num_gpus=learner.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=in_bundle(self._bundles, rank),
-        )
-        return actor.remote(self._make, self._config, rank, self.size)
+
+def _shards(batch: Batch, size: int) -> Sequence[Any]:
+    """The batch for so many ranks: as it is, or split anew as `make_batch` does, groups in the order of their ids."""
+    if len(batch.shards) == size:
+        return batch.shards
+    return shard(sorted((group for part in batch.shards for group in part), key=lambda group: group.group_id), size)
+
+
+async def _check_samples(what: str, batch: Batch) -> None:
+    groups = [group for part in batch.shards for group in part]
+    gone = await lost([group.samples for group in groups])
+    ids = tuple(sorted(group.group_id for group, is_gone in zip(groups, gone, strict=True) if is_gone))
+    if ids:
+        raise ObjectsLostError(f"{what}: the samples of {len(ids)} of {len(groups)} groups are lost with a node", ids)

@@ -11,23 +11,26 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 from nft_ray.algorithms.base import build_algorithm
 from nft_ray.algorithms.batch import make_batch
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.held_out import evaluate_epoch
 from nft_ray.prompts.draw import PromptSet, epoch_requests
-from nft_ray.roles import Roles, StateLostError, Tracker
+from nft_ray.redo import while_lost
+from nft_ray.roles import ObjectsLostError, Roles, StateLostError, Tracker
 from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.runs.evaluations import evaluated_epochs
 from nft_ray.runs.health import Health, NotFiniteError
 from nft_ray.runs.saving import Finished, Saving
-from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup
+from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup, UpdateResult
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Trainer:
@@ -66,8 +69,7 @@ class Trainer:
                 try:
                     epoch = await self.train(epoch)
                 except StateLostError as lost:
-                    logger.warning("%s; the run goes back to its newest checkpoint", lost)
-                    epoch = await self.restore()
+                    epoch = await self.recover(lost)
                 except NotFiniteError as bad:
                     epoch = await self.go_back(bad)
             await self.saving.done()
@@ -85,12 +87,11 @@ class Trainer:
                 while next_epoch < self.cfg.run.num_epochs and len(rollouts) <= self.cfg.run.max_staleness:
                     rollouts.append(asyncio.create_task(self.collect(next_epoch)))
                     next_epoch += 1
-                groups = await rollouts.popleft()  # oldest first; the others keep sampling
+                scored = await rollouts.popleft()  # oldest first; the others keep sampling
                 collected = time.perf_counter()
-                batch = self.make_batch(groups)
-                update = await self.learners.update(batch)
-                finished = await self.take_state(epoch + 1)  # before the next rollouts: they may need the devices
-                await self.samplers.load(update.adapters)  # by reference, acknowledged by checksum
+                groups, batch, update = await self.update(scored)
+                # the state first, in turns: it may need the devices that the samplers get then
+                finished, _ = await asyncio.gather(self.take_state(epoch + 1), self.load(update.adapters))
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
                 metrics = rollout_metrics(groups) | batch.metrics | update.metrics | times
                 self.tracker.log_epoch(epoch + 1, metrics, update.steps)
@@ -109,11 +110,18 @@ class Trainer:
         """Go on from the newest checkpoint; nothing is one, too. Returns the number of finished epochs."""
         await self.saving.done()
         checkpoint = await asyncio.to_thread(self.folder.latest)
-        if checkpoint is None and self.finished is not None:
-            raise RuntimeError("there is no checkpoint yet to go back to: run the same command to begin again")
         if checkpoint is not None:
             await self.learners.restore(checkpoint.state)
         return await self.publish(checkpoint.epoch if checkpoint else 0)
+
+    async def recover(self, lost: StateLostError) -> int:
+        """To the newest finished epoch, whose state is here or in a checkpoint; without one to the beginning."""
+        logger.warning("%s; the run goes back to epoch %d", lost, self.finished.epoch if self.finished else 0)
+        await self.saving.keep(self.finished)
+        if self.finished is None:
+            return await self.restore()
+        await self.learners.restore(self.finished.state)
+        return await self.publish(self.finished.epoch)
 
     async def go_back(self, bad: NotFiniteError) -> int:
         """To the last good epoch, with float16's loss scale as it is by now. A second time at one place is the last."""
@@ -128,12 +136,23 @@ class Trainer:
     async def publish(self, epoch: int) -> int:
         """What rollouts may ask for after so many finished epochs, once it is proved that a load is felt."""
         self.tracker.rewind(epoch)
-        await self.samplers.load(await self.learners.probe())
-        for adapters in await self.learners.adapters():
-            await self.samplers.load(adapters)
+        probe, versions = await self.learners.probe(), await self.learners.adapters()
         self.finished = self.good = await self.take_state(epoch)
+        for adapters in (probe, *versions):  # learners first, then samplers: they may share devices
+            await self.load(adapters)
         self.saving.saved(epoch)
         return epoch
+
+    async def load(self, adapters: Adapters) -> None:
+        """By reference, acknowledged by checksum. Weights that went with a learner's node are asked for again."""
+        try:
+            await self.samplers.load(adapters)
+        except ObjectsLostError as lost:
+            again = [found for found in await self.learners.adapters() if found.version == adapters.version]
+            if not again:
+                raise
+            logger.warning("%s; the learners are asked for them again", lost)
+            await self.samplers.load(again[0])
 
     async def take_state(self, epoch: int) -> Finished | None:
         """The learners' state after every epoch. Of a whole transformer it is tens of GB: only where it is saved."""
@@ -149,20 +168,41 @@ class Trainer:
         version, done = max(0, epoch - self.cfg.run.max_staleness), 0
         requests = epoch_requests(self.train_prompts, self.cfg, epoch=epoch, policy_version=version)
 
-        async def roll_out_and_score(request: RolloutRequest) -> ScoredGroup:
+        async def one(request: RolloutRequest) -> ScoredGroup:
             nonlocal done
-            rollout = await self.samplers.rollout(request)
-            rewards = await self.scorers.score(request, rollout)
+            group = await self.roll_out_and_score(request)
             done += 1
             self.tracker.log_progress(f"epoch {epoch + 1}: roll out and score", done, len(requests))
+            return group
+
+        return await together([one(request) for request in requests])
+
+    async def roll_out_and_score(self, request: RolloutRequest) -> ScoredGroup:
+        """One group. A sample that is lost before it is scored is no missing reward."""
+
+        async def drawn() -> ScoredGroup:
+            rollout = await self.samplers.rollout(request)
+            rewards = await self.scorers.score(request, rollout)
             return ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(roll_out_and_score(request)) for request in requests]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await while_lost(drawn, self.cfg.sampler.max_attempts)
+
+    async def update(self, groups: Sequence[ScoredGroup]) -> tuple[Sequence[ScoredGroup], Batch, UpdateResult]:
+        """One epoch's update, with the groups that it was made of: those that are lost are drawn and scored again."""
+
+        async def updated() -> tuple[Sequence[ScoredGroup], Batch, UpdateResult]:
+            nonlocal groups
+            batch = self.make_batch(groups)
+            try:
+                return groups, batch, await self.learners.update(batch)
+            except ObjectsLostError as lost:
+                gone = [group for group in groups if group.request.items[0].group_id in lost.group_ids]
+                again = await together([self.roll_out_and_score(group.request) for group in gone])
+                made = {id(old): new for old, new in zip(gone, again, strict=True)}
+                groups = [made.get(id(group), group) for group in groups]
+                raise
+
+        return await while_lost(updated, self.cfg.sampler.max_attempts)
 
     async def evaluate_what_is_missing(self, epoch: int) -> None:
         """The base model, and the epoch that the run goes on from, where they have no figures (any more)."""
@@ -211,6 +251,16 @@ class Trainer:
     async def maybe_save(self, epoch: int) -> None:
         if self.finished is not None and self.finished.epoch == epoch and self.saving.due(epoch):
             await self.saving.start(self.finished)
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. The first failure cancels the rest and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

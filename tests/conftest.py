@@ -31,6 +31,7 @@ TOGETHER = {
     "ray": (
         "actors/test_colocation.py",
         "actors/test_downloads.py",
+        "actors/test_learners.py",
         "actors/test_nodes.py",
         "actors/test_samplers.py",
         "deployments/test_plane.py",

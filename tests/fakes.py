@@ -260,7 +260,10 @@ class MortalSamplerCore(FakeSamplerCore):
 
 
 class MortalLearnerCore(FakeLearnerCore):
-    """Rank `mortal_rank` dies in an update while `folder/die-learner` is there."""
+    """In an update rank `mortal_rank` dies, stops, fails with its device or has a bug: `folder/{die,stop,...}-learner`.
+
+    What it kept itself is wrong afterwards: only a restored state gives the right sums.
+    """
 
     def __init__(self, folder: Path, mortal_rank: int, config: "ExperimentConfig", rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
@@ -273,8 +276,20 @@ class MortalLearnerCore(FakeLearnerCore):
         samples: Sequence[CleanSamples],
         samples_per_step: tuple[int, ...],
     ) -> tuple[UpdateResult, AdapterWeights]:
+        import torch
+
         if self.mortal and consume(self.folder / "die-learner"):
             die()
+        if self.mortal and consume(self.folder / "stop-learner"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.mortal and consume(self.folder / "sleep-learner"):
+            time.sleep(3600)
+        if self.mortal and consume(self.folder / "xid-learner"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if self.mortal and (self.folder / "oom-learner").exists() and self.config.learner.micro_batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.mortal and consume(self.folder / "bug-learner"):
+            raise ValueError("a bug")
         return super().update(epoch, groups, samples, samples_per_step)
 
 

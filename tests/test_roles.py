@@ -359,14 +359,14 @@ def test_a_core_that_does_not_load_leaves_no_actor(ray: Run) -> None:
 
 
 @pytest.mark.ray
-def test_a_dead_learner_ends_the_group(ray: Run) -> None:
-    """The last one: this group is over."""
+def test_a_dead_learner_costs_a_restart_of_the_group(ray: Run) -> None:
+    """In tests/actors/test_learners.py are all the ways in which a rank can fail."""
     drawn = ray(rollouts(ray.roles, [fake_request(0, prompt) for prompt in range(2)]))
     (ray.folder / "die-learner").touch()
-    with pytest.raises(RuntimeError, match=r"^learner 1 died: update of epoch 0; start the run again .*checkpoint$"):
-        ray(ray.roles.learners.update(make_batch(drawn, 2)))
-    with pytest.raises(RuntimeError, match=r"^learner 1 died"):
-        ray(ray.roles.learners.state())
+    update = ray(ray.roles.learners.update(make_batch(drawn, 2)))
+    assert not (ray.folder / "die-learner").exists()
+    ray(ray.roles.samplers.load(update.adapters))
+    assert ray(ray.roles.learners.state()).version == 1
 
 
 def no_model(config: Any, worker: str) -> Any:

@@ -15,7 +15,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
-from nft_ray.roles import Roles, StateLostError
+from nft_ray.roles import Roles
 from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
@@ -365,24 +365,6 @@ def test_a_run_without_signal_stops_and_one_that_finds_it_again_does_not(tmp_pat
     endless = config_for(epochs=9, max_epochs_without_signal=None)
     _, tracker = train(endless, tmp_path / "endless", world=SickWorld(endless, flat={5, 6, 7, 8}))
     assert tracker.epochs == list(range(1, 10))
-
-
-def test_a_lost_state_takes_the_run_back_to_its_newest_checkpoint(tmp_path: Path) -> None:
-    class Forgetful(World):
-        async def update(self, batch: Batch) -> UpdateResult:
-            if batch.epoch == 3 and "update 3" not in self.diary:
-                self.note("update 3")
-                self.learner = FakeLearnerCore(self.config)
-                raise StateLostError("learner 0 died")
-            return await super().update(batch)
-
-    config = config_for(epochs=5)
-    straight, _ = train(config, tmp_path / "straight")
-    world, tracker = train(config, tmp_path / "forgetful", world=Forgetful(config))
-    updates = [int(note.split()[1]) for note in world.diary if note.startswith("update")]
-    assert updates == [0, 1, 2, 3, 2, 3, 4]
-    assert tracker.epochs == [1, 2, 3, 4, 5]
-    np.testing.assert_array_equal(policy(world), policy(straight))
 
 
 def test_an_evaluation_that_fails_after_the_last_update_costs_no_epoch(tmp_path: Path) -> None:

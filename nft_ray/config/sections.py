@@ -210,6 +210,15 @@ class LearnerConfig(WorkersConfig):
     compile: Annotated[bool, Mark.PLACEMENT] = False
     """Compile the transformer's blocks (torch.compile) for micro-batches of exactly `micro_batch_size`."""
 
+    @model_validator(mode="after")
+    def _enough(self) -> "LearnerConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers}: it is at most num_workers = {self.num_workers}; "
+                f"use {self.num_workers}"
+            )
+        return self
+
 
 class HttpConfig(Section):
     """Where rewards answer over HTTP. The proxy belongs to the whole cluster: its first user decides."""

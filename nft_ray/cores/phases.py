@@ -5,8 +5,9 @@
 The trainer does not know: `AlternatingSamplers` and `AlternatingLearners` are the roles in front of the roles. A call
 waits until its side is awake; the sides change when the last call of the other one has returned.
 
-Failure policy: a side that cannot be parked or woken fails as its role does (a sampler is replaced, a learner group is
-over), and the call that needed the change raises it.
+Failure policy: each role replaces whom it cannot park or wake. Samplers that are new wait while samplers are parked;
+learners start again, and are awake, only where the samplers are parked. What is raised in spite of that, the call that
+needed the change raises, and neither side is awake: the next call parks the other side again.
 """
 
 import asyncio

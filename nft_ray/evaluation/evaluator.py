@@ -16,8 +16,9 @@ import numpy as np
 from nft_ray.algorithms.remarks import not_finite
 from nft_ray.config import ExperimentConfig
 from nft_ray.evaluation.results import EvaluationFolder, LineResult, line_results
+from nft_ray.redo import while_lost
 from nft_ray.roles import EvaluationRoles
-from nft_ray.types import RolloutInfo, RolloutRequest
+from nft_ray.types import Rewards, RolloutInfo, RolloutRequest
 
 PICTURES = 24
 _log = logging.getLogger(__name__)
@@ -66,14 +67,19 @@ async def evaluate(
 
     async def one(request: RolloutRequest) -> None:
         nonlocal done, missing
-        async with room:
+
+        async def drawn() -> tuple[RolloutInfo, Rewards]:
             rollout = await roles.samplers.rollout(request)
-            infos.append((request, rollout.info))
             rewards = await roles.scorers.score(request, rollout)
             wanted = [i for i, item in enumerate(request.items) if item.prompt.id in pictures]
             if wanted:
                 images = await roles.samplers.images(rollout)
                 await asyncio.to_thread(_save, folder, request, images, wanted)
+            return rollout.info, rewards
+
+        async with room:
+            info, rewards = await while_lost(drawn, config.sampler.max_attempts)
+        infos.append((request, info))
         lines = line_results(request, rewards)
         folder.append(lines)
         done += len(lines)

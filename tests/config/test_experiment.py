@@ -229,6 +229,11 @@ class TestAcrossFields:
         assert (ok.min_workers, ok.max_workers) == (1, 5)
         assert refusal("sampler.num_workers=2", *overrides) == line
 
+    def test_no_more_learners_are_needed_than_there_are(self) -> None:
+        with pytest.raises(ValueError, match=r"^learner: min_workers = 3: it is at most num_workers = 2; use 2"):
+            load(QUICKSTART, ["learner.num_workers=2", "learner.min_workers=3"])
+        assert load(QUICKSTART, ["learner.num_workers=2", "learner.min_workers=1"]).learner.min_workers == 1
+
     @pytest.mark.parametrize("override", ["rewards.geneval.weight=0", "rewards.geneval.eval_only=true"])
     def test_one_reward_must_train(self, override: str) -> None:
         assert refusal(override).startswith("rewards: none has a weight to train on; ")
