@@ -32,6 +32,8 @@ TOGETHER = {
         "actors/test_colocation.py",
         "actors/test_downloads.py",
         "actors/test_nodes.py",
+        "actors/test_scorers.py",
+        "deployments/test_ownership.py",
         "deployments/test_plane.py",
         "deployments/test_sglang_actor.py",
         "e2e/test_evaluate.py",
