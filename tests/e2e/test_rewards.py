@@ -22,6 +22,7 @@ from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray, nft_ray_he
 from tests.conftest import LocalRay
 from tests.deployments.sglang_folder import until
 from tests.examples import QUICKSTART, SMALL, few_lines
+from tests.rewards.misbehaving_server import MisbehavingServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -182,3 +183,19 @@ def test_a_run_killed_with_9_goes_on_by_the_same_command_beside_a_run_of_another
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(41))
     assert status(local_ray) == []
+
+
+@pytest.mark.parametrize("misbehaves", ["500", "hang"])
+def test_a_monitor_whose_endpoint_is_down_costs_no_epoch(tmp_path: Path, local_ray: LocalRay, misbehaves: str) -> None:
+    """Its real client, with patient settings: were it waited for, each of the groups would cost its deadline."""
+    with MisbehavingServer(misbehaves) as server:
+        section = f"{{eval_only: true, num_cpus: 0.1, urls: ['{server.url}'], timeout_s: 8, deadline_s: 9}}"
+        monitor = [f"rewards.unified_reward={section}", "scorers.monitor_timeout_s=10", "rewards.geneval.num_cpus=0.2"]
+        command = train(tmp_path, "monitored", "run.num_epochs=6", *monitor)
+        done = nft_ray(*command, runs=tmp_path, ray=local_ray.environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "monitored" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward/unified_reward/missing"] for line in lines[1:]] == [1.0] * 6
+    assert [line["reward/missing"] for line in lines[1:]] == [0.0] * 6
+    assert done.stderr.count("reward unified_reward is down: ") == 1
+    assert len(server.bodies) <= 100, "asked of the first 48 lines, twice at most: not of 72 images and 48 lines more"
