@@ -6,7 +6,7 @@ them after.
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from logging import getLogger
 
@@ -33,11 +33,13 @@ async def ray_roles(
     config: ExperimentConfig,
     sampler_core: SamplerFactory = SamplerCore,
     learner_core: LearnerFactory = LearnerCore,
+    *,
+    applications: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Roles]:
-    """Roles whose workers are ready. Needs a connected Ray and the applications `reward-NAME`; cores are picklable."""
+    """Roles whose workers are ready. Needs a connected Ray and the rewards' applications; cores are picklable."""
     check(config, cluster_now())
     started = time.monotonic()
-    scorers = ServeScorers(config)
+    scorers = ServeScorers(config, applications)
     colocated, bundles = config.cluster.placement == "colocated", reserve(config)
     samplers = SamplerPool(config, sampler_core, bundles if colocated else None)
     learners = LearnerGroup(config, bundles, learner_core)
@@ -61,14 +63,17 @@ async def ray_roles(
 
 @asynccontextmanager
 async def ray_evaluation_roles(
-    config: ExperimentConfig, sampler_core: SamplerFactory = SamplerCore
+    config: ExperimentConfig,
+    sampler_core: SamplerFactory = SamplerCore,
+    *,
+    applications: Mapping[str, str] | None = None,
 ) -> AsyncIterator[EvaluationRoles]:
     """Samplers and scorers as in `ray_roles`; no learner is placed.
 
     Colocated, a sampler keeps its learner's share to itself: two halves of two cards could else be of one card.
     """
     check(config, cluster_now(), training=False)
-    scorers = ServeScorers(config)
+    scorers = ServeScorers(config, applications)
     bundles = reserve(config) if config.cluster.placement == "colocated" else None
     samplers = SamplerPool(config, sampler_core, bundles)
     try:

@@ -175,7 +175,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     epochs = asyncio.run(measure(config, Clock(), Path(folder)))
             finally:
-                delete(names)
+                delete(list(names.values()))
             record[f"max_staleness {staleness}"] = summarise(epochs)
     finally:
         ray.shutdown()

@@ -104,7 +104,7 @@ def experiment(name: str, **section: Any) -> ExperimentConfig:
 
 async def through_serve(name: str, batches: Sequence[Batch]) -> float:
     """Seconds for all batches, put into the object store beforehand as a sampler's are."""
-    handle = serve.get_app_handle(f"reward-{name}")
+    handle = serve.get_app_handle(f"rewards/{name}")
     refs = [(ray.put(images), prompts, metadata) for images, prompts, metadata in batches]
     room = asyncio.Semaphore(IN_FLIGHT)
 
@@ -140,7 +140,7 @@ def overhead(name: str, rounds: int) -> dict[str, float]:
             served.append(asyncio.run(through_serve(name, batches)))
             ratios.append(served[-1] / alone[-1])
     finally:
-        delete(names)
+        delete(list(names.values()))
     images = calls * num_images
     return {
         "images_per_batch": num_images,
@@ -153,7 +153,7 @@ def overhead(name: str, rounds: int) -> dict[str, float]:
 
 async def callers(name: str, num_callers: int, requests: Sequence[Batch]) -> tuple[float, float]:
     """Images/s and the mean number of images per call of the model, for so many callers of one image at a time."""
-    handle = serve.get_app_handle(f"reward-{name}")
+    handle = serve.get_app_handle(f"rewards/{name}")
     waiting, held = list(requests), []
 
     async def caller() -> None:
@@ -177,7 +177,7 @@ def batching() -> dict[str, dict[str, float]]:
             found[str(number)] = {"images_per_s": round(per_s, 2), "images_per_call": round(held, 2)}
             print(f"{number:>3} callers: {per_s:.2f} images/s, {held:.1f} images per call of the model", flush=True)
     finally:
-        delete(names)
+        delete(list(names.values()))
     return found
 
 

@@ -180,7 +180,7 @@ def measure_driver(num_epochs: int) -> list[float]:
             with tempfile.TemporaryDirectory() as folder:
                 asyncio.run(train(Path(folder)))
         finally:
-            delete(names)
+            delete(list(names.values()))
     finally:
         ray.shutdown()
     return memory.mib

@@ -1,24 +1,29 @@
-"""Deploys the rewards of an experiment as Serve applications, one each; attaches to those that others deployed.
+"""Deploys the rewards of an experiment as Serve applications, one each; uses again, or shares, those that are there.
 
-Applications are detached: they outlive the job that made them, so who deploys deletes, failures included, unless that
-was `nft-ray rewards serve`, whose purpose it is that they stay. `deploy` returns what IT made, and only that.
+    deploy:  claim (who else is there? what may be used again?) ─► servers of models ─► Serve ─► wait until all run
+    release: the last one who uses an application takes it down
 
-Failure policy: an application of the same name is someone else's and never overwritten; jobs that start together look
-and deploy one after the other. Without `scorers.attach` it is refused; with it, it is used if it was made from the same
-configuration (placement apart: see nft_ray.types.Mark), else refused with the keys that differ. One that cannot start
-takes the others of this call down with it and raises a single line with its cause. Who attaches to an application of a
-job that ends loses it: its rewards are then missing, and the run stops by `scorers.max_missing_fraction`. What is meant
-to be shared is best deployed by `nft-ray rewards serve`.
+Applications are detached: they outlive the job that made them. Whose they are is kept in the GCS (claims.py), so
+- a run that was killed and is started again by the same command uses its own again, as they are, or replaces what was
+  deployed from another configuration;
+- what only dead jobs used is deleted by the next one who deploys anything, whoever that is;
+- two runs on one cluster have applications of their own, `RUN/REWARD`; where a live run has that name, with a number.
+With `scorers.attach` the applications are shared, `shared/REWARD`: used where they were made from the same
+configuration (placement apart: see nft_ray.types.Mark), else refused with the keys that differ; deployed where there
+are none. They outlive their maker while others use them; those of `nft-ray rewards serve` stay.
+
+Failure policy: an application that was not deployed from here is never touched. Looking and claiming is for one job at
+a time and takes seconds; servers and replicas start outside of that. An application that cannot start takes down the
+others that this call has made, and raises a single line with its cause.
 """
 
 import asyncio
+import hashlib
+import json
 import logging
-import os
-import socket
-import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -29,111 +34,149 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
-from deployments.plane import NAMESPACE, PREFIX, Dashboard, delete, drop_server, serve_details, server_name
+from deployments import claims
+from deployments.claims import Claim, User
+from deployments.interpreter import check_py_executable
+from deployments.lock import alone, alone_at_the_end
+from deployments.plane import delete, drop_server, server_name
+from deployments.proxy import start_serve
 from deployments.reward_app import Load, application
-from deployments.sglang_server import serve_sglang
+from deployments.sglang_actor import serve_sglang
 from nft_ray.config import ExperimentConfig, HttpConfig, changes, differences, mark_of
+from nft_ray.rewards.applications import SHARED, reward_of, route
+from nft_ray.rewards.applications import application as named
 from nft_ray.rewards.base import Autoscaling, RewardConfig, RewardUse, load_reward
 from nft_ray.types import Mark
 
 logger = logging.getLogger(__name__)
 
-LOCK = "deploying-rewards"
 POLL_S = 0.1
 REPORT_S = 10.0
-PROBE_S = 60.0
 SHOWN = 3
 """Settings that the error about another configuration names, at most."""
+BROKEN = ("DEPLOY_FAILED", "UNHEALTHY", "DELETING")
 
 
-async def deploy(config: ExperimentConfig, load: Load = load_reward, *, dashboard_url: str | None = None) -> list[str]:
-    """Start the replicas of every reward that is not attached to; wait until they run; return the names made here.
+async def deploy(
+    config: ExperimentConfig,
+    load: Load = load_reward,
+    *,
+    owner: str | None = None,
+    dashboard_url: str | None = None,
+    stays: bool = False,
+) -> dict[str, str]:
+    """Every reward of the experiment, running: its name -> its application, each used by this job until `release`.
 
-    Cancelled, it takes down what it has made. `dashboard_url` is needed where `scorers.http` is set. Raises ValueError
-    for a name that is taken, another configuration, a port in use or a `py_executable` that does not fit; RuntimeError
-    where a reward, or the server of its model, does not start.
+    `owner` is the same when the command is started again: the folder of its run (null = the run's name). `stays`:
+    what is deployed is for others, and stays when this job ends. `dashboard_url` is needed with `scorers.http`.
+    Cancelled or failing, it takes down what it has made. Raises ValueError for another configuration of what is shared,
+    a port in use or a `py_executable` that does not fit; RuntimeError where a reward, or the server of its model, does
+    not start.
     """
     described = {name: describe(name, reward) for name, reward in config.reward_configs.items()}
-    shared = [name for name in described if f"{PREFIX}{name}" in serve.status().applications]
-    for name in shared:
-        await _attach(name, described[name], config)
-    for name, reward in config.reward_configs.items():
-        if name not in shared:
-            check_py_executable(name, reward)
-    names: list[str] = []
+    owner = config.run.name if owner is None else owner
+    async with alone(config.cluster.wait_s):
+        start_serve(config.scorers.http, dashboard_url)
+        found, made = _claim(config, described, _me(owner), stays=stays)
     try:
-        async with _alone(config.cluster.wait_s):
-            deployed = serve.status().applications
-            wanted = {name: one for name, one in config.reward_configs.items() if f"{PREFIX}{name}" not in deployed}
-            late = described.keys() - wanted.keys() - set(shared)  # another job was faster
-            if late and not config.scorers.attach:
-                raise _exists(min(late))
-            _start_serve(config.scorers.http, dashboard_url)
-            names = [f"{PREFIX}{name}" for name in wanted]
-            await _run(config, wanted, load)
-        for name in late:
-            await _attach(name, described[name], config)
-        await _wait_until_running(names, config.cluster.wait_s)
+        await _run(config, {name: found[name] for name in made}, load)
+        for name in found.keys() - made:
+            if config.scorers.attach:
+                if not await _is_deployed(found[name], _me(owner), config.cluster.wait_s):
+                    await _run(config, {name: found[name]}, load)
+                await _attach(found[name], described[name], config)
+        await _wait_until_running(list(found.values()), config.cluster.wait_s)
     except BaseException:
-        delete(names)
+        release(found.values(), owner=owner, failed=[found[name] for name in made])
         raise
-    return names
+    return found
 
 
-async def _run(config: ExperimentConfig, wanted: Mapping[str, RewardConfig], load: Load) -> None:
-    """Ask Serve for these applications, the servers of their models started before. They take time to run."""
-    http = config.scorers.http
-    token = http.token.get_secret_value() if http and http.token else None
-    targets = [
-        _target(
-            name,
-            await _with_server(name, config.rewards[name] or {}, reward),
-            reward,
-            load,
-            token=token,
-            routed=http is not None,
+def release(applications: Collection[str], *, owner: str, failed: Collection[str] = ()) -> None:
+    """This job uses them no longer; what no live job uses, and is not to stay, is deleted, and so is what `failed`."""
+    with alone_at_the_end():
+        known, live, unused = claims.read_claims(), claims.live_jobs(), []
+        for name in applications:
+            left = known[name].without(_me(owner), live) if name in known else None
+            if left is None or name in failed or not left.lives(live):
+                unused.append(name)
+            else:
+                claims.write(left)
+        delete(unused)
+
+
+def _claim(
+    config: ExperimentConfig, described: Mapping[str, Any], me: User, *, stays: bool
+) -> tuple[dict[str, str], set[str]]:
+    """Reward -> application for all of them, and the rewards whose application is still to be made. Needs the lock."""
+    status, known, live = serve.status().applications, claims.read_claims(), claims.live_jobs()
+    attach, found = config.scorers.attach, {}
+    for name in described:
+        shared = named(SHARED, name)
+        found[name] = (
+            shared if attach else claims.own_name(config.run.name, name, me, known, status.keys(), live, shared)
         )
-        for name, reward in wanted.items()
+    _collect(known, live, keep=found.values())
+    made = set()
+    for name, app in found.items():
+        digest = _digest(described[name], config.scorers.http)
+        old, state = known.get(app), status.get(app)
+        if old is None and state is not None:
+            raise ValueError(f"Serve application {app} exists on this cluster, and is not nft_ray's: delete it first")
+        in_use = old is not None and old.without(me, live).lives(live)
+        whole = state is not None and state.status not in BROKEN
+        if old is not None and in_use and attach:  # another's, perhaps still starting: asked what it is, later
+            claims.write(replace(old.used_by(me), stays=old.stays or stays))
+            logger.info("using %s, which is deployed already", app)
+        elif old is not None and whole and old.made_from == digest:
+            claims.write(replace(old.used_by(me), stays=stays))
+            logger.info("using %s again, which an earlier start of this run has left", app)
+        else:
+            if state is not None or old is not None:
+                delete([app])
+                logger.info("replacing %s, which an earlier start of this run has left", app)
+            claims.write(Claim(application=app, made_from=digest, users=(me,), stays=stays))
+            made.add(name)
+    return found, made
+
+
+def _collect(known: Mapping[str, Claim], live: Collection[str], *, keep: Collection[str]) -> None:
+    """Delete what only dead jobs used. Needs the lock."""
+    for name, claim in known.items():
+        if name not in keep and not claim.lives(live):
+            delete([name])
+            logger.info("deleted %s: the job that used it (%s) has ended", name, claim.owners)
+
+
+def _me(owner: str) -> User:
+    return User(job=ray.get_runtime_context().get_job_id(), owner=owner)
+
+
+def _digest(described: Any, http: HttpConfig | None) -> str:
+    """Of all that an application is deployed with; the token is in it, but cannot be read from it."""
+    token = http.token.get_secret_value() if http and http.token else None
+    where = [http.host, http.port, token] if http else None
+    return hashlib.sha256(json.dumps([described, where], sort_keys=True).encode()).hexdigest()
+
+
+async def _run(config: ExperimentConfig, wanted: Mapping[str, str], load: Load) -> None:
+    """Ask Serve for these (reward -> application), the servers of their models started before. They take time to run.
+
+    An application that another job deletes meanwhile is not noticed here: `_wait_until_running` does.
+    """
+    rewards = config.reward_configs
+    for name in wanted:
+        check_py_executable(name, rewards[name])
+    for name, app in wanted.items():
+        if (server := getattr(rewards[name], "server", None)) is not None:
+            drop_server(app)  # of a start that was killed before it had deployed the reward
+            await serve_sglang(server.model_copy(update={"name": server_name(app)}))
+    targets = [
+        _target(app, config.rewards[name] or {}, rewards[name], load, config.scorers.http)
+        for name, app in wanted.items()
     ]
     if targets:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-
-
-@ray.remote(num_cpus=0)
-class _Lock:
-    """Whoever has an actor of this name may deploy. It ends with the process that made it, however that ends."""
-
-
-@asynccontextmanager
-async def _alone(wait_s: float) -> AsyncIterator[None]:
-    """Between two jobs that look for the same reward and do not find it, the second would overwrite the first's."""
-    started = reported = time.monotonic()
-    while True:
-        try:
-            lock = _Lock.options(name=LOCK, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
-            break
-        except ValueError:  # the name is taken
-            now = time.monotonic()
-        if now - started > wait_s:
-            raise RuntimeError(f"another job deploys rewards since {wait_s:g} s (cluster.wait_s); try again")
-        if now - reported >= REPORT_S:
-            reported = now
-            logger.info("waiting for another job that deploys rewards (%.0f s)", now - started)
-        await asyncio.sleep(POLL_S)
-    try:
-        yield
-    finally:
-        ray.kill(lock)
-
-
-async def _with_server(name: str, section: Mapping[str, Any], config: RewardConfig) -> Mapping[str, Any]:
-    """The section that the replicas get: where it asks for a server, that is started and its URL stands there."""
-    server = getattr(config, "server", None)
-    if server is None:
-        return section
-    drop_server(f"{PREFIX}{name}")  # of a job that was killed before it had deployed the reward
-    actor = await serve_sglang(server.model_copy(update={"name": server_name(f"{PREFIX}{name}")}))
-    return {**section, "server": None, "urls": [await actor.url.remote()]}
 
 
 def describe(name: str, config: RewardConfig) -> dict[str, Any]:
@@ -145,67 +188,37 @@ def describe(name: str, config: RewardConfig) -> dict[str, Any]:
     return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
 
 
-async def rebound(name: str, bounds: Autoscaling, load: Load = load_reward, *, routed: bool, wait_s: float) -> None:
-    """Deploy a running reward again, as it is but with these autoscaling bounds. Serve replaces every replica.
+async def rebound(app: str, bounds: Autoscaling, load: Load = load_reward, *, wait_s: float) -> None:
+    """Deploy a running application again, as it is but with these autoscaling bounds. Serve replaces every replica.
 
     The bounds are part of what `serve.run` deploys, and that gives a deployment a new version: there is no way to
     change them alone. Requests in work on a replaced replica are finished, or retried by who sent them.
     """
-    section, config, token = await _ask(name, "bound", wait_s)
+    section, config, http = await _ask(app, "bound", wait_s)
     rescaled = config.model_copy(update={"autoscaling": bounds})
     serve.run_many(
-        [_target(name, section, rescaled, load, token=token, routed=routed)],
+        [_target(app, section, rescaled, load, http)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    await _wait_until_running([f"{PREFIX}{name}"], wait_s)
-
-
-def check_py_executable(name: str, config: RewardConfig) -> None:
-    """ValueError where `py_executable` is not a Python with this Ray and nft_ray: Serve would wait for ever, silently.
-
-    Looked at on this machine; where the file is not here, on a worker of the cluster.
-    """
-    if config.py_executable is None:
-        return
-    if os.path.exists(config.py_executable):
-        problem = _probe(config.py_executable)
-    else:
-        try:
-            problem = ray.get(ray.remote(num_cpus=0)(_probe).remote(config.py_executable), timeout=2 * PROBE_S)
-        except RayError as error:
-            problem = f"could not be looked at: {type(error).__name__}"
-    if problem:
-        raise ValueError(f"rewards.{name}.py_executable = {config.py_executable!r}: {problem}")
-
-
-def _probe(executable: str) -> str | None:
-    """What is wrong with a Python, or None."""
-    code = "import ray, nft_ray; print(ray.__version__)"
-    try:
-        done = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=PROBE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"cannot be run: {error}"
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"cannot import ray and nft_ray ({last}); install both into that environment"
-    if (found := done.stdout.split()[-1]) != ray.__version__:
-        return f"has ray {found}, this cluster {ray.__version__}; install ray=={ray.__version__} there"
-    return None
+    await _wait_until_running([app], wait_s)
 
 
 def _target(
-    name: str, section: Mapping[str, Any], config: RewardConfig, load: Load, *, token: str | None, routed: bool
+    app: str, section: Mapping[str, Any], config: RewardConfig, load: Load, http: HttpConfig | None
 ) -> RunTarget:
+    name = reward_of(app)
+    assert name is not None
+    server = server_name(app) if getattr(config, "server", None) is not None else None
     return RunTarget(
-        target=application(name, section, config, load, describe(name, config), token),
-        name=f"{PREFIX}{name}",
-        route_prefix=f"/{name}" if routed else None,
+        target=application(name, section, config, load, describe(name, config), http, server),
+        name=app,
+        route_prefix=route(app) if http is not None else None,
         external_scaler_enabled=config.autoscaling is None,  # the scale endpoint excludes Serve's own autoscaling
     )
 
 
-async def _ask(name: str, method: str, wait_s: float) -> Any:
+async def _ask(app: str, method: str, wait_s: float) -> Any:
     """Call a method without arguments of a deployed reward.
 
     A handle may hold for a moment that the application is unavailable: one of this name was deleted before, or the
@@ -215,87 +228,59 @@ async def _ask(name: str, method: str, wait_s: float) -> Any:
         async with asyncio.timeout(wait_s):
             while True:
                 try:
-                    return await getattr(serve.get_app_handle(f"{PREFIX}{name}"), method).remote()
+                    return await getattr(serve.get_app_handle(app), method).remote()
                 except DeploymentUnavailableError:
-                    await _wait_until_running([f"{PREFIX}{name}"], wait_s)
+                    await _wait_until_running([app], wait_s)
                     await asyncio.sleep(POLL_S)
     except (TimeoutError, RayError, RayServeException) as error:
         raise RuntimeError(
-            f"Serve application {PREFIX}{name} does not say what it is within {wait_s:g} s: {type(error).__name__}"
+            f"Serve application {app} does not say what it is within {wait_s:g} s: {type(error).__name__}"
         ) from None
 
 
-async def _attach(name: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
-    if not config.scorers.attach:
-        raise _exists(name)
-    check_shared(name, dict(await _ask(name, "describe", config.cluster.wait_s)), wanted, config)
-    logger.info("using %s%s, which is deployed already", PREFIX, name)
+async def _is_deployed(app: str, me: User, wait_s: float) -> bool:
+    """Wait for another job that is about to deploy it; False where it died first and this one is the next to do so."""
+    end = time.monotonic() + wait_s
+    while app not in serve.status().applications and time.monotonic() < end:
+        claim, live = claims.read_claims().get(app), claims.live_jobs()
+        if claim is None:
+            raise RuntimeError(f"Serve application {app} does not start: the job that was to deploy it has given up")
+        if next((user for user in claim.users if user.job in live), me) == me:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
 
 
-def check_shared(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
+async def _attach(app: str, wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
+    await _wait_until_running([app], config.cluster.wait_s)  # another job may just have begun to deploy it
+    check_shared(app, dict(await _ask(app, "describe", config.cluster.wait_s)), wanted, config)
+
+
+def check_shared(app: str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: ExperimentConfig) -> None:
     """ValueError where a deployed reward is not the one that is wanted, both as `describe` gives them."""
     if keys := [key for key in differences(found, wanted) if mark_of(config, key) is not Mark.PLACEMENT]:
         raise ValueError(
-            f"Serve application {PREFIX}{name} was deployed with another configuration: "
+            f"Serve application {app} was deployed with another configuration: "
             f"{changes(found, wanted, keys, most=SHOWN)}"
         )
-    deadline_s = found["rewards"][name].get("deadline_s", 0.0)
-    if deadline_s >= config.scorers.timeout_s:
+    name = str(wanted["reward"])
+    deadline_s, (field, longest_s) = found["rewards"][name].get("deadline_s", 0.0), config.deadline_of(name)
+    if deadline_s >= longest_s:
         raise ValueError(
-            f"Serve application {PREFIX}{name} was deployed with deadline_s = {deadline_s:g}: what is scored by then "
-            f"is lost unless it is below scorers.timeout_s = {config.scorers.timeout_s:g}; raise that"
+            f"Serve application {app} was deployed with deadline_s = {deadline_s:g}: what is scored by then "
+            f"is lost unless it is below scorers.{field} = {longest_s:g}; raise that"
         )
-
-
-def _exists(name: str) -> ValueError:
-    return ValueError(
-        f"Serve application {PREFIX}{name} exists on this cluster already; set scorers.attach=true to share it, or "
-        f"delete it with `nft-ray rewards delete {name}`"
-    )
-
-
-def _start_serve(http: HttpConfig | None, dashboard_url: str | None) -> None:
-    """Start Serve, or check that the one that runs listens where it should. Its HTTP options cannot change."""
-    if http is None:
-        serve.start(proxy_location="Disabled")
-        return
-    if dashboard_url is None:
-        raise ValueError("scorers.http: this cluster has no Ray dashboard, which tells where Serve listens")
-    running = serve_details(Dashboard(dashboard_url))
-    if running.get("controller_info", {}).get("actor_id"):
-        options, location = running.get("http_options") or {}, running.get("proxy_location")
-        if location in (None, "Disabled") or (options.get("host"), options.get("port")) != (http.host, http.port):
-            where = "without HTTP" if location in (None, "Disabled") else f"on {options['host']}:{options['port']}"
-            raise ValueError(
-                f"scorers.http = {http.host}:{http.port}: Serve runs on this cluster already {where}, and one cluster "
-                "has one HTTP proxy; use that, or restart the cluster"
-            )
-        return
-    check_port(http)
-    serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
-
-
-def check_port(http: HttpConfig) -> None:
-    """ValueError where the port is in use on this machine."""
-    with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http.host, http.port))
-        except OSError as error:
-            raise ValueError(
-                f"scorers.http.port = {http.port}: cannot listen on {http.host}:{http.port} ({error.strerror}); "
-                "choose another port"
-            ) from None
 
 
 async def _wait_until_running(names: Sequence[str], wait_s: float) -> None:
     started = reported = time.monotonic()
     while True:
-        applications = {name: serve.status().applications.get(name) for name in names}
-        for name, status in applications.items():
-            if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise RuntimeError(f"Serve application {name} does not start: {_cause(status)}")
-        waiting = [name for name, status in applications.items() if status is None or status.status != "RUNNING"]
+        status = serve.status().applications
+        applications = {name: status.get(name) for name in names}
+        for name, one in applications.items():
+            if one is not None and one.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RuntimeError(f"Serve application {name} does not start: {_cause(one)}")
+        waiting = [name for name, one in applications.items() if one is None or one.status != "RUNNING"]
         if not waiting:
             return
         now = time.monotonic()

@@ -2,9 +2,13 @@
 
     {"images": ["<base64 of a PNG, JPEG or WebP>", ...], "prompts": ["...", ...], "metadata": [{...}, ...]}
     -> 200 {"reward": "ocr", "scores": [0.8, null], "details": {"exact": [0.0, null]}}        null = missing
-    -> 400 | 401 | 405 | 413 {"error": "one line: what is wrong and what the rule is"}
+    -> 400 | 401 | 403 | 405 | 413 | 415 {"error": "one line: what is wrong and what the rule is"}
 
 `metadata` may be left out. Images of one request may differ in size. A score does not depend on what it is sent with.
+
+No web page can make it score. What a page may send anywhere unasked is a form or plain text, never
+`Content-Type: application/json`; and a page whose own name was made to point here (DNS rebinding) sends that name as
+`Host`, where only loopback's and `scorers.http.host` are taken. A host of 0.0.0.0 is open, has a token, and any name.
 """
 
 import base64
@@ -20,7 +24,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nft_ray.config import HttpConfig
 from nft_ray.rewards.base import Scores, one_line
+from nft_ray.rewards.servers import LOOPBACK
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_IMAGES = 64
@@ -29,6 +35,7 @@ MAX_SIDE = 4096
 MAX_PIXELS = 64 * 1024 * 1024
 """Of all images of a request: 64 of 1024 x 1024. Blank ones of a few kB each would else fill the memory."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+OPEN = ("0.0.0.0", "::")
 
 
 class HttpError(Exception):
@@ -46,12 +53,20 @@ class _Body(BaseModel):
     metadata: list[dict[str, Any]] | None = None
 
 
-def check_head(method: str, headers: Mapping[str, str], token: str | None) -> None:
-    """HttpError before the body is read: not a POST, no or a wrong bearer token, too large. `headers` in lower case."""
+def check_head(method: str, headers: Mapping[str, str], http: HttpConfig) -> None:
+    """HttpError before the body is read: no POST, another host, no or a wrong token, no JSON, too large.
+
+    The names of `headers` are in lower case.
+    """
+    if http.host not in OPEN and (named := _host(headers.get("host", ""))) not in {*LOOPBACK, http.host.lower()}:
+        raise HttpError(403, f"the Host header names {named[:100]!r}: only loopback and scorers.http.host are served")
+    token = http.token.get_secret_value() if http.token else None
     if method != "POST":
         raise HttpError(405, f"{method} is not served: POST a JSON object with images and prompts")
     if token is not None and not hmac.compare_digest(headers.get("authorization", "").encode(), _bearer(token)):
         raise HttpError(401, "no or a wrong token: send the header `Authorization: Bearer TOKEN`")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HttpError(415, "the body is no JSON: send the header `Content-Type: application/json`")
     length = headers.get("content-length", "")
     if length.isdigit():
         check_size(int(length))
@@ -142,6 +157,14 @@ def _decode(index: int, text: str, room: int) -> np.ndarray:
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _host(header: str) -> str:
+    """Without its port, and the brackets of an IPv6 address."""
+    name = header.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0]
 
 
 def _bearer(token: str) -> bytes:

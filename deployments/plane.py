@@ -1,7 +1,7 @@
 """The reward plane as it runs: what Serve holds, and how many replicas of it are wanted. Through the dashboard's REST.
 
     GET  {dashboard}/api/serve/applications/                                     what runs
-    POST {dashboard}/api/v1/applications/reward-NAME/deployments/NAME/scale      {"target_num_replicas": 3}
+    POST {dashboard}/api/v1/applications/RUN%2FNAME/deployments/NAME/scale       {"target_num_replicas": 3}
 
 Never a second `serve.run`: that would replace every replica. Scaling keeps those that serve, starts or stops the
 difference, and returns at once; whoever waits asks `reward_states`.
@@ -12,29 +12,32 @@ never shuts Serve down, for others may use it.
 """
 
 import contextlib
-import difflib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import ray
 import requests
 from ray import serve
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
-PREFIX = "reward-"
-"""An application is called reward-NAME; the interface to actors/scorers.py."""
-NAMESPACE = "nft_ray"
-"""Of the servers' actors: jobs have one of their own each, and an application outlives its job."""
+from deployments.claims import NAMESPACE, forget
+from nft_ray.rewards.applications import find_application, reward_of
+
 TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardState:
-    """One reward as Serve sees it. `target`: replicas wanted; `running`: replicas that serve; `status`: RUNNING, ..."""
+    """One application, RUN/REWARD or shared/REWARD, as Serve sees it.
+
+    `target`: replicas wanted; `running`: replicas that serve; `status`: RUNNING, ...
+    """
 
     name: str
+    reward: str
     target: int
     running: int
     status: str
@@ -80,21 +83,16 @@ def reward_states(dashboard: Dashboard) -> list[RewardState]:
     """The rewards that are deployed on this cluster, sorted by name."""
     applications = serve_details(dashboard).get("applications", {})
     return [
-        _state(name.removeprefix(PREFIX), application)
+        _state(name, reward, application)
         for name, application in sorted(applications.items())
-        if name.startswith(PREFIX)
+        if (reward := reward_of(name)) in application.get("deployments", {reward: None}) and reward is not None
     ]
 
 
 def find(dashboard: Dashboard, name: str) -> RewardState:
-    """The state of one reward, by NAME or reward-NAME; ValueError with the nearest deployed one where there is none."""
+    """The state of one, by RUN/REWARD, or by REWARD where that says which; ValueError with the nearest otherwise."""
     states = {state.name: state for state in reward_states(dashboard)}
-    name = name.removeprefix(PREFIX)
-    if name not in states:
-        close = difflib.get_close_matches(name, states, 1)
-        hint = f"did you mean {close[0]}?" if close else f"deployed: {', '.join(states) or 'none'}"
-        raise ValueError(f"reward {name!r} is not deployed on this cluster; {hint}")
-    return states[name]
+    return states[find_application(name, states)]
 
 
 def scale(dashboard: Dashboard, name: str, num_replicas: int) -> None:
@@ -105,18 +103,19 @@ def scale(dashboard: Dashboard, name: str, num_replicas: int) -> None:
     if state.autoscaled:
         raise ValueError(f"reward {state.name} scales itself: change its bounds with --min and --max")
     dashboard.post(
-        f"/api/v1/applications/{PREFIX}{state.name}/deployments/{state.name}/scale",
+        f"/api/v1/applications/{quote(state.name, safe='')}/deployments/{state.reward}/scale",
         {"target_num_replicas": num_replicas},
     )
 
 
 def delete(names: Sequence[str]) -> None:
-    """Delete these applications, and their servers; wait until they are gone. One that does not exist is no error."""
+    """Delete these applications, their servers and claims; wait until they are gone. None of a name is no error."""
     for name in names:
         serve.delete(name, _blocking=False)
     for name in names:
         serve.delete(name)
         drop_server(name)
+        forget(name)
 
 
 def drop_server(application: str) -> None:
@@ -136,13 +135,14 @@ def server_name(application: str) -> str:
     return f"{application}-server"
 
 
-def _state(name: str, application: dict[str, Any]) -> RewardState:
-    deployment = application.get("deployments", {}).get(name, {})
+def _state(name: str, reward: str, application: dict[str, Any]) -> RewardState:
+    deployment = application.get("deployments", {}).get(reward, {})
     config = deployment.get("deployment_config", {})
     options = config.get("ray_actor_options") or {}
     replicas = deployment.get("replicas", [])
     return RewardState(
         name=name,
+        reward=reward,
         target=int(deployment.get("target_num_replicas") or 0),
         running=sum(replica["state"] == "RUNNING" for replica in replicas),
         status=str(application.get("status", "UNKNOWN")),

@@ -1,9 +1,6 @@
-"""Starts and supervises `python -m sglang.launch_server` for one model, as a Ray actor that holds the server's GPUs.
+"""Starts and supervises `python -m sglang.launch_server` for one model. No Ray here: the actor is in sglang_actor.py.
 
-    serve_sglang -> SglangActor -- thread: watch --> SglangProcess --> sglang and its workers: a ProcessGroup
-
-`SglangProcess` is all of it without Ray; the actor gives it GPUs, a thread and a name. To use servers that run
-already needs nothing of this: the reward's `urls:` names them.
+    SglangActor -- thread: watch --> SglangProcess --> sglang and its workers: a ProcessGroup
 
 The environment of its own: sglang pins its own torch, transformers and openai, so `python` is that of another
 environment. Of ours the server does not see PYTHON*, VIRTUAL_ENV, RAY_* (the cluster's token is among them),
@@ -19,10 +16,9 @@ Failure policy: a first start that fails is the configuration's and is not tried
 lines. Once it has answered, a server that exits, or fails `health_failures` checks in a row, is killed with its whole
 group and started again on the same port, after a pause that doubles; what was in work there is the client's to send
 again. More than `max_restarts` within `restart_window_s` end in the state `failed`, with the last lines; the actor
-lives on to say so. An actor that dies, SIGKILL included, takes its server along, and is its owner's to make again.
+lives on to say so. Whoever holds this process takes the server along when it dies, SIGKILL included.
 """
 
-import asyncio
 import json
 import logging
 import os
@@ -38,13 +34,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import ray
 import requests
 from pydantic import SecretStr
 
-from deployments.plane import NAMESPACE
 from deployments.process_group import ProcessGroup
 from nft_ray.rewards.servers import SglangConfig
 
@@ -116,6 +110,7 @@ class SglangProcess:
     """One supervised server. `start` and `watch` block; `status` and `stop` may be called from other threads."""
 
     def __init__(self, config: SglangConfig, api_key: SecretStr | None = None, node_ip: str = "127.0.0.1") -> None:
+        config = config.model_copy(update={"host": config.host or node_ip})
         self._config, self._api_key, self._node_ip = config, api_key, node_ip
         self._name, self._port = config.actor_name, config.port
         self._group: ProcessGroup | None = None
@@ -131,7 +126,7 @@ class SglangProcess:
     @property
     def url(self) -> str | None:
         """Base URL for OpenAI clients; None before `start`."""
-        return None if self._port is None else f"{_address(self._config.host, self._node_ip, self._port)}/v1"
+        return None if self._port is None else f"{_address(str(self._config.host), self._node_ip, self._port)}/v1"
 
     def status(self) -> SglangStatus:
         """What it is at now."""
@@ -157,7 +152,7 @@ class SglangProcess:
         """
         assert self._state == "new", "a server is started once"
         _check_python(self._config)
-        self._port = _bindable(self._config.host, self._config.port)
+        self._port = _bindable(str(self._config.host), self._config.port)
         self._state = "starting"
         try:
             self._launch_and_wait()
@@ -166,6 +161,24 @@ class SglangProcess:
             self._state, self._message = "failed", f"{error}{self._tail()}"
             raise RuntimeError(f"{self._name}: {self._message}") from None
         return str(self.url)
+
+    def start_again(self) -> None:
+        """As `start` and `watch`, where an actor before this one was lost: what fails is tried again as in `watch`."""
+        self._state, self._message = "restarting", "its actor was lost; "
+        end = time.monotonic() + self._config.start_timeout_s
+        while self._port is None and not self._stopping.wait(POLL_S):
+            try:
+                self._port = _bindable(str(self._config.host), self._config.port)
+            except ValueError as error:  # the server that was lost, on its way out
+                if time.monotonic() > end:
+                    self._state, self._message = "failed", str(error)
+                    return
+        try:
+            self._launch_and_wait()
+        except RuntimeError as error:
+            if not self._restart(str(error)):
+                return
+        self.watch()
 
     def watch(self) -> None:
         """Keep it alive until `stop`, or until it has failed for good."""
@@ -257,7 +270,7 @@ class SglangProcess:
 
     def _answers(self, path: str, timeout_s: float) -> bool:
         assert self._port
-        url = f"{_address(self._config.host, 'localhost', self._port)}{path}"
+        url = f"{_address(str(self._config.host), 'localhost', self._port)}{path}"
         try:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy, no netrc
@@ -290,73 +303,6 @@ class SglangProcess:
         if self._key_folder is not None:
             self._key_folder.cleanup()
             self._key_folder = None
-
-
-@ray.remote
-class SglangActor:
-    """Holds the GPUs and a SglangProcess; see there."""
-
-    def __init__(self, config: SglangConfig, api_key: SecretStr | None) -> None:
-        self._process = SglangProcess(config, api_key, ray.util.get_node_ip_address())
-
-    def start(self) -> str:
-        url = self._process.start()
-        threading.Thread(target=self._process.watch, daemon=True).start()
-        return url
-
-    def url(self) -> str | None:
-        return self._process.url
-
-    def status(self) -> SglangStatus:
-        return self._process.status()
-
-    def stop(self) -> None:
-        self._process.stop()
-
-
-async def serve_sglang(config: SglangConfig) -> Any:
-    """Handle of an actor named `config.actor_name` whose server answers; it lives until it is killed: see plane.delete.
-
-    Logs what it waits for. Raises ValueError (no key, a name that is taken, and as SglangProcess.start) or
-    RuntimeError; the actor is gone then.
-    """
-    actor = SglangActor.options(  # type: ignore[attr-defined]
-        name=config.actor_name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        num_cpus=config.num_cpus,
-        num_gpus=config.gpus,
-        max_concurrency=8,
-    ).remote(config, read_api_key(config))
-    try:
-        await _when_placed(actor, config)
-        started = asyncio.ensure_future(_awaited(actor.start.remote()))
-        while not (await asyncio.wait({started}, timeout=REPORT_S))[0]:
-            logger.info("%s: %s", config.actor_name, (await actor.status.remote()).message)
-        await started
-    except BaseException:
-        ray.kill(actor)
-        raise
-    return actor
-
-
-async def _when_placed(actor: Any, config: SglangConfig) -> None:
-    """Return when the actor runs; RuntimeError after start_timeout_s without room for it."""
-    placed = asyncio.ensure_future(_awaited(actor.status.remote()))
-    end = time.monotonic() + config.start_timeout_s
-    wanted = f"{config.gpus:g} GPUs and {config.num_cpus:g} CPUs"
-    while not (await asyncio.wait({placed}, timeout=min(REPORT_S, config.start_timeout_s)))[0]:
-        free = ray.available_resources()
-        said = f"waiting for {wanted}, the cluster has {free.get('GPU', 0):g} and {free.get('CPU', 0):g} free"
-        if time.monotonic() >= end:
-            placed.cancel()
-            raise RuntimeError(f"{config.actor_name}: {said}; given up after {config.start_timeout_s:g} s")
-        logger.info("%s: %s", config.actor_name, said)
-    await placed
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference
 
 
 def _address(host: str, instead_of_any: str, port: int) -> str:

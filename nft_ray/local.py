@@ -6,6 +6,7 @@ the last bit. Nothing here runs beside anything else: a call returns when its wo
 
 import asyncio
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,21 @@ from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
+from nft_ray.rewards.monitored import Monitored
+from nft_ray.rewards.outage import Outage
 from nft_ray.rewards.unique import Unique
 from nft_ray.roles import EvaluationRoles, Roles
-from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, UpdateResult
+from nft_ray.types import (
+    Adapters,
+    AdapterWeights,
+    Batch,
+    LearnerState,
+    Rewards,
+    Rollout,
+    RolloutRequest,
+    Split,
+    UpdateResult,
+)
 
 
 class LocalSamplers:
@@ -49,21 +62,56 @@ class LocalSamplers:
 
 
 class LocalScorers:
-    """Every reward in this process. An exception is the user's to see: there is no other replica to try."""
+    """Every reward in this process. An exception is the user's to see: there is no other replica to try.
+
+    That of a reward that only monitors is not: training goes on without it.
+    """
 
     def __init__(self, config: ExperimentConfig) -> None:
         self._rewards: dict[str, Reward] = {
             name: Unique(name, load_reward(name, section or {})) for name, section in config.rewards.items()
         }
         self._weights = config.trained_weights
+        self._outages = {name: Outage(name) for name in config.rewards if name not in self._weights}
+        self._monitored = Monitored(list(self._outages))
 
     async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
         prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        scores: dict[str, Scores | None] = {
-            name: reward.score(rollout.images, texts, metadata) for name, reward in self._rewards.items()
-        }
+        scores: dict[str, Scores | None] = {}
+        for name, reward in self._rewards.items():
+            if name in self._weights:
+                scores[name] = reward.score(rollout.images, texts, metadata)
+                continue
+            found = self._monitor(request.split, name, rollout.images, texts, metadata)
+            if request.split == "eval":
+                scores[name] = found
+            else:
+                self._monitored.add(request.epoch, name, request.items[0].group_id, request.num_images, found)
         return assemble(scores, request.num_images, self._weights)
+
+    def monitored(self, epoch: int) -> dict[int, dict[str, float]]:
+        return self._monitored.take([one for one in self._monitored.epochs() if one <= epoch])
+
+    async def drained(self) -> dict[int, dict[str, float]]:
+        return self._monitored.take(self._monitored.epochs())
+
+    def _monitor(self, split: Split, name: str, *question: Any) -> Scores | None:
+        outage = self._outages[name]
+        if not outage.ask():
+            return None
+        try:
+            scores = self._rewards[name].score(*question)
+        except Exception as error:  # whatever it is, it ends no training
+            if split == "eval" and type(error) is ValueError:
+                raise
+            outage.failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return None
+        if np.isfinite(scores.values).any():
+            outage.answered()
+        else:
+            outage.failed("it answers, and every score is missing")
+        return scores
 
 
 class LocalLearners:

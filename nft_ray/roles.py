@@ -64,8 +64,20 @@ class Scorers(Protocol):
     async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
         """Scores of the rollout's images; what could not be had within deadline and retries is missing (NaN).
 
-        Raises ObjectsLostError where the images are lost: that is no missing reward.
+        Raises ObjectsLostError where the images are lost: that is no missing reward. Of a split "train" these are the
+        rewards that train; those that only monitor are asked beside it, and nobody waits for them.
         """
+        ...
+
+    def monitored(self, epoch: int) -> dict[int, dict[str, float]]:
+        """What the rewards that only monitor said: epoch -> metrics, of the epochs up to this one that are complete.
+
+        Each once, at once; "complete": answered, or past the deadline. An epoch that is redone is said again.
+        """
+        ...
+
+    async def drained(self) -> dict[int, dict[str, float]]:
+        """The same of all that is left, waited for within one deadline."""
         ...
 
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -72,6 +72,7 @@ class Trainer:
                     epoch = await self.recover(lost)
                 except NotFiniteError as bad:
                     epoch = await self.go_back(bad)
+            self.log_late(await self.scorers.drained())
             await self.saving.done()
         except BaseException:
             await self.saving.keep(self.finished)  # SIGTERM, too: what is finished is not lost
@@ -93,8 +94,10 @@ class Trainer:
                 # the state first, in turns: it may need the devices that the samplers get then
                 finished, _ = await asyncio.gather(self.take_state(epoch + 1), self.load(update.adapters))
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
-                metrics = rollout_metrics(groups) | batch.metrics | update.metrics | times
+                late = self.scorers.monitored(epoch)
+                metrics = rollout_metrics(groups) | batch.metrics | late.pop(epoch, {}) | update.metrics | times
                 self.tracker.log_epoch(epoch + 1, metrics, update.steps)
+                self.log_late(late)
                 self.finished = finished or self.finished
                 good = self.health.check(epoch + 1, groups, batch, update)
                 self.good = self.finished if good else self.good
@@ -105,6 +108,11 @@ class Trainer:
                 task.cancel()
             await asyncio.gather(*rollouts, return_exceptions=True)
         return self.cfg.run.num_epochs
+
+    def log_late(self, late: Mapping[int, dict[str, float]]) -> None:
+        """What rewards that only monitor said after their epoch was logged."""
+        for epoch, metrics in late.items():
+            self.tracker.log_late(epoch + 1, metrics)
 
     async def restore(self) -> int:
         """Go on from the newest checkpoint; nothing is one, too. Returns the number of finished epochs."""

@@ -34,6 +34,8 @@ TOGETHER = {
         "actors/test_learners.py",
         "actors/test_nodes.py",
         "actors/test_samplers.py",
+        "actors/test_scorers.py",
+        "deployments/test_ownership.py",
         "deployments/test_plane.py",
         "deployments/test_sglang_actor.py",
         "e2e/test_evaluate.py",

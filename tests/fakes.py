@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from nft_ray.config import ExperimentConfig  # imports torch, and a reward replica does without
 
 BASE = np.ones(4, dtype=np.float32)
+MONITOR = "jpeg_incompressibility"
+"""Where a test has a reward that only monitors."""
 
 
 def fake_config(**sections: Any) -> "ExperimentConfig":
@@ -294,31 +296,39 @@ class MortalLearnerCore(FakeLearnerCore):
 
 
 class MortalReward(FakeReward):
-    """Misbehaves while `folder/{die,hang,wrong,broken}-reward` is there; `wrong` and `hang` last, `die` is once."""
+    """Misbehaves while `folder/{die,device,hang,wrong,broken}-WHAT` is there; `die` and `device` are once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Every call that comes through leaves a line in `folder/asked-WHAT`.
+    """
+
+    def __init__(self, folder: Path, what: str = "reward") -> None:
+        self.folder, self.what = folder, what
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        if consume(self.folder / "die-reward"):
+        with (self.folder / f"asked-{self.what}").open("a") as stream:
+            stream.write(f"{prompts[0]}\n")
+        if consume(self.folder / f"die-{self.what}"):
             die()
-        while (self.folder / "hang-reward").exists():
+        if consume(self.folder / f"device-{self.what}"):
+            (self.folder / f"device-{self.what}.pid").write_text(str(os.getpid()))
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        while (self.folder / f"hang-{self.what}").exists():
             time.sleep(0.05)
-        if (self.folder / "wrong-reward").exists():
+        if (self.folder / f"wrong-{self.what}").exists():
             raise ValueError("prompt 0 has no tag")
-        if (self.folder / "broken-reward").exists():
+        if (self.folder / f"broken-{self.what}").exists():
             raise ConnectionError("the server of the model is away")
         return super().score(images, prompts, metadata)
 
 
 class MortalRewards:
-    """A loader for `deployments.build.deploy`."""
+    """A loader for `deployments.build.deploy`; its markers end in -reward, those of MONITOR in -monitor."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, name: str, section: Mapping[str, Any]) -> Reward:
-        return MortalReward(self.folder)
+        return MortalReward(self.folder, "monitor" if name == MONITOR else "reward")
 
 
 def failing_load_reward(name: str, section: Mapping[str, Any]) -> Reward:

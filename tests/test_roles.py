@@ -20,6 +20,7 @@ from nft_ray.roles import Roles
 from nft_ray.types import Adapters, AdapterWeights, Batch, LearnerState, Rewards, Rollout, RolloutRequest, TrainGroup
 from tests.conftest import LocalRay
 from tests.fakes import (
+    MONITOR,
     FakeLearnerCore,
     FakeSamplerCore,
     MortalLearnerCore,
@@ -34,7 +35,12 @@ from tests.fakes import (
 
 T = TypeVar("T")
 REWARD = "jpeg_compressibility"
-CONFIG = fake_config()
+CONFIG = fake_config(
+    rewards={
+        REWARD: {"num_replicas": 3, "num_cpus": 0.2, "batch_size": 2},
+        MONITOR: {"eval_only": True, "num_cpus": 0.1},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def ray_run(local_ray: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> It
             yield Run("ray", roles, loop, folder)
         finally:
             loop.run(context.__aexit__(None, None, None))
-            delete(names)
+            delete(list(names.values()))
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -211,6 +217,27 @@ def test_scores_come_with_details_and_a_total(run: Run) -> None:
         assert not rewards.missing[REWARD].any()
 
 
+def test_training_does_without_what_only_monitors_and_says_it_by_epoch(run: Run) -> None:
+    run(run.roles.scorers.drained())  # of the tests before
+    requests = [fake_request(1, prompt) for prompt in range(3)] + [fake_request(2, 0)]
+    for rewards in run(scores(run.roles, requests)):
+        assert list(rewards.raw) == [REWARD]
+    said = run(run.roles.scorers.drained())
+    right = np.concatenate([right_images(request) for request in requests[:3]]).mean()
+    assert list(said) == [1, 2]
+    assert said[1] == pytest.approx(
+        {f"reward/{MONITOR}": right, f"reward/{MONITOR}/negative": -right, f"reward/{MONITOR}/missing": 0.0}
+    )
+    assert run.roles.scorers.monitored(9) == {}
+
+
+def test_an_evaluation_waits_for_what_only_monitors(run: Run) -> None:
+    request = dataclasses.replace(fake_request(1, 5), split="eval")
+    (rewards,) = run(scores(run.roles, [request]))
+    np.testing.assert_array_equal(rewards.raw[MONITOR], right_images(request))
+    assert run.roles.scorers.monitored(9) == {}
+
+
 def test_an_update_gives_adapters_that_samplers_can_load(run: Run) -> None:
     async def epochs() -> list[LearnerState]:
         states = []
@@ -265,59 +292,7 @@ def test_a_hanging_sampler_is_replaced(ray: Run, monkeypatch: pytest.MonkeyPatch
     assert "." in ray(replaced(ray))
 
 
-@pytest.mark.ray
-def test_a_replica_killed_with_work_in_flight_loses_no_score(ray: Run) -> None:
-    (ray.folder / "die-reward").touch()
-    requests = [fake_request(0, prompt) for prompt in range(100, 112)]  # not yet scored: no replica remembers them
-    for request, rewards in zip(requests, ray(scores(ray.roles, requests)), strict=True):
-        np.testing.assert_array_equal(rewards.raw[REWARD], right_images(request))
-    assert not (ray.folder / "die-reward").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize(("marker", "cause"), [("hang-reward", "DeadlineError"), ("broken-reward", "ConnectionError")])
-def test_a_reward_that_cannot_be_had_is_missing(
-    ray: Run, monkeypatch: pytest.MonkeyPatch, marker: str, cause: str
-) -> None:
-    from actors import scorers as module
-
-    scorers: Any = ray.roles.scorers
-    monkeypatch.setattr(module, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(scorers, "_config", scorers._config.model_copy(update={"timeout_s": 0.5, "max_attempts": 2}))
-    (ray.folder / marker).touch()
-    request = fake_request(0, 200 if marker == "hang-reward" else 300)
-    try:
-        (rewards,) = ray(scores(ray.roles, [request]))
-    finally:
-        (ray.folder / marker).unlink()
-    assert np.isnan(rewards.raw[REWARD]).all()
-    assert np.isnan(rewards.total).all()
-    assert rewards.missing[REWARD].all()
-    assert scorers.num_missing[REWARD, cause] == 1
-    monkeypatch.undo()
-    (rewards,) = ray(scores(ray.roles, [request]))
-    assert not rewards.missing[REWARD].any()
-
-
-@pytest.mark.ray
-def test_a_value_error_of_the_reward_is_the_users(ray: Run) -> None:
-    (ray.folder / "wrong-reward").touch()
-    try:
-        with pytest.raises(ValueError, match=f"^reward {REWARD}: prompt 0 has no tag$"):
-            ray(scores(ray.roles, [fake_request(0, 400)]))
-    finally:
-        (ray.folder / "wrong-reward").unlink()
-
-
 # Ray: what cannot work is said in one line
-
-
-@pytest.mark.ray
-def test_an_application_of_that_name_is_not_overwritten(ray: Run) -> None:
-    from deployments.build import deploy
-
-    with pytest.raises(ValueError, match=f"reward-{REWARD} exists"):
-        asyncio.run(deploy(CONFIG, fake_load_reward))
 
 
 @pytest.mark.ray
@@ -326,12 +301,12 @@ def test_a_reward_that_does_not_load_takes_its_application_down(ray: Run) -> Non
 
     from deployments.build import deploy
 
-    other = "jpeg_incompressibility"
+    other = "clipscore"
     with pytest.raises(
-        RuntimeError, match=rf"^Serve application reward-{other} does not start: .*no weights at /nowhere"
+        RuntimeError, match=rf"^Serve application fake/{other} does not start: .*no weights at /nowhere"
     ):
         asyncio.run(deploy(fake_config(rewards={other: {"num_cpus": 0.05}}), failing_load_reward))
-    assert list(serve.status().applications) == [f"reward-{REWARD}"]
+    assert sorted(serve.status().applications) == [f"fake/{REWARD}", f"fake/{MONITOR}"]
 
 
 @pytest.mark.ray
@@ -354,7 +329,7 @@ def test_a_core_that_does_not_load_leaves_no_actor(ray: Run) -> None:
         learner={"num_cpus": 0.05, "num_workers": 1},
     )
     with pytest.raises(ValueError, match=r"^no model at /nowhere$"):
-        ray(enter(ray_roles(config, no_model, FakeLearnerCore)))
+        ray(enter(ray_roles(config, no_model, FakeLearnerCore, applications={REWARD: f"fake/{REWARD}"})))
     assert not [name for name in list_named_actors() if name.startswith("broken/")]
 
 

@@ -13,8 +13,9 @@ from actors.nodes import check_weights, cluster_now, room_for, store_lines
 from actors.packing import Node
 from actors.placement import Cluster, check
 from actors.roles import ray_evaluation_roles, ray_roles
-from deployments.build import check_port, check_py_executable, deploy
-from deployments.plane import delete
+from deployments.build import deploy, release
+from deployments.interpreter import check_py_executable
+from deployments.proxy import check_port
 from nft_ray.cli.connection import check_reachable, joins, no_cluster
 from nft_ray.cli.failures import MESSAGES
 from nft_ray.cli.watch import Ending, watched
@@ -108,35 +109,39 @@ def cluster(
 
 
 @asynccontextmanager
-async def planes(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[Roles]:
-    """Rewards deployed, samplers and learners placed; the applications that were made here are deleted in the end."""
+async def planes(
+    config: ExperimentConfig, say: Say, dashboard_url: str | None, owner: str | None = None
+) -> AsyncIterator[Roles]:
+    """Rewards deployed, samplers and learners placed; applications that nobody else uses are deleted in the end."""
     await room_for(config)
-    async with _rewards(config, say, dashboard_url):
+    async with _rewards(config, say, dashboard_url, owner) as applications:
         say(f"starting {config.sampler.num_workers} samplers and {config.learner.num_workers} learners")
-        async with ray_roles(config) as roles:
+        async with ray_roles(config, applications=applications) as roles:
             yield roles
 
 
 @asynccontextmanager
 async def evaluation_planes(
-    config: ExperimentConfig, say: Say, dashboard_url: str | None
+    config: ExperimentConfig, say: Say, dashboard_url: str | None, owner: str | None = None
 ) -> AsyncIterator[EvaluationRoles]:
     """The same without learners."""
     await room_for(config, training=False)
-    async with _rewards(config, say, dashboard_url):
+    async with _rewards(config, say, dashboard_url, owner) as applications:
         say(f"starting {config.sampler.num_workers} samplers")
-        async with ray_evaluation_roles(config) as roles:
+        async with ray_evaluation_roles(config, applications=applications) as roles:
             yield roles
 
 
 @asynccontextmanager
-async def _rewards(config: ExperimentConfig, say: Say, dashboard_url: str | None) -> AsyncIterator[None]:
-    say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-    applications = await deploy(config, dashboard_url=dashboard_url)
+async def _rewards(
+    config: ExperimentConfig, say: Say, dashboard_url: str | None, owner: str | None
+) -> AsyncIterator[dict[str, str]]:
+    say(f"deploying {', '.join(config.rewards)} on Ray Serve")
+    applications = await deploy(config, owner=owner, dashboard_url=dashboard_url)
     try:
-        yield
+        yield applications
     finally:
-        delete(applications)
+        release(applications.values(), owner=owner or config.run.name)
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -82,7 +82,7 @@ def _run(
     weights: Weights | None,
 ) -> int:
     screen, shown = Screen(), spaced(len(prompts))
-    place = Place(local=args.local, address=args.address, say=screen.say)
+    place = Place(local=args.local, address=args.address, say=screen.say, owner=str(folder.path.absolute()))
     pictures = frozenset(range(len(prompts)) if args.save_images else shown)
     adapter: Adapter = "reference" if weights is None else "ema"
     requests = evaluation_requests(prompts, config, epoch=0, policy_version=0, adapter=adapter)

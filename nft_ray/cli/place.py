@@ -24,11 +24,15 @@ class Interrupted(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What --local and --address say; `say` is told what is started."""
+    """What --local and --address say; `say` is told what is started.
+
+    owner: stays the same when the command is started again; see deployments.build.deploy.
+    """
 
     local: bool
     address: str | None
     say: Callable[[str], None]
+    owner: str | None = None
 
     def check(self, config: ExperimentConfig, *, training: bool = True) -> None:
         """ValueError for what is known to fail there, before a process starts."""
@@ -70,7 +74,7 @@ class Place:
             return
         from nft_ray.cli.cluster import planes
 
-        async with planes(config, self.say, dashboard_url) as roles:
+        async with planes(config, self.say, dashboard_url, self.owner) as roles:
             yield roles
 
     @asynccontextmanager
@@ -85,7 +89,7 @@ class Place:
             return
         from nft_ray.cli.cluster import evaluation_planes
 
-        async with evaluation_planes(config, self.say, dashboard_url) as roles:
+        async with evaluation_planes(config, self.say, dashboard_url, self.owner) as roles:
             yield roles
 
 

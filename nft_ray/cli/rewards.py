@@ -6,6 +6,8 @@ status [--json]              what is deployed, with how many replicas
 scale NAME --replicas N      more or fewer replicas, while a run goes on; or --min A --max B
 delete NAMES                 take deployed rewards away
 score --reward NAME IMAGE    one picture; the last line of stdout is a JSON object
+
+A deployed reward is RUN/REWARD, or shared/REWARD; REWARD alone will do where that says which.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from nft_ray.cli import scoring, serving
 from nft_ray.cli.console import say
 from nft_ray.rewards.base import reward_config, reward_files, reward_names
 from nft_ray.rewards.weights import named_root, weights_root
+
+NAME_HELP = "RUN/REWARD or shared/REWARD, as status shows it; REWARD where that says which"
 
 
 def add_parser(commands: Any) -> None:
@@ -44,14 +48,14 @@ def add_parser(commands: Any) -> None:
     status.set_defaults(command_function=serving.status)
 
     scale = root.add_parser("scale", parents=[address], help="change the number of replicas while a run goes on")
-    scale.add_argument("name")
+    scale.add_argument("name", help=NAME_HELP)
     scale.add_argument("--replicas", type=int, help="a fixed number")
     scale.add_argument("--min", type=int, help="autoscaling: fewest replicas (replaces every replica)")
     scale.add_argument("--max", type=int, help="autoscaling: most replicas (replaces every replica)")
     scale.set_defaults(command_function=serving.scale)
 
     delete = root.add_parser("delete", parents=[address], help="take deployed rewards away")
-    delete.add_argument("names", nargs="+", metavar="NAME")
+    delete.add_argument("names", nargs="+", metavar="NAME", help=NAME_HELP)
     delete.set_defaults(command_function=serving.delete)
 
     score = root.add_parser("score", help="score one picture, in this process or (--address) by a deployed reward")

@@ -39,12 +39,12 @@ def _score_deployed(
 ) -> Scores:
     from ray import serve
 
-    from deployments.plane import PREFIX, find
+    from deployments.plane import find
 
     if args.set:
         raise ValueError("rewards score: --set has no effect on a deployed reward; leave out --address or --set")
     with dashboard_of(args.address) as dashboard:
-        handle = serve.get_app_handle(f"{PREFIX}{find(dashboard, args.reward).name}")
+        handle = serve.get_app_handle(find(dashboard, args.reward).name)
         scores: Scores = handle.score.remote(images, prompts, metadata).result(timeout_s=SCORE_S)
     return scores
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nft_ray.cli.connection import dashboard_of
 from nft_ray.cli.console import say
+from nft_ray.rewards.applications import SHARED, application
 from nft_ray.rewards.base import Autoscaling
 
 SETTLED_S = 300.0
@@ -16,8 +17,9 @@ SETTLED_S = 300.0
 
 def serve(args: argparse.Namespace) -> int:
     """Deploy the rewards of an experiment; on a Ray of its own, until Ctrl-C."""
-    from deployments.build import check_port, deploy
+    from deployments.build import deploy
     from deployments.plane import Dashboard, reward_states
+    from deployments.proxy import check_port
     from nft_ray.cli.cluster import cluster
     from nft_ray.cli.connection import joins
     from nft_ray.config import HttpConfig, load
@@ -29,8 +31,8 @@ def serve(args: argparse.Namespace) -> int:
     if not stays:
         check_port(http)
     with cluster(config, args.address, say) as url:
-        say(f"deploying {', '.join(f'reward-{name}' for name in config.rewards)} on Ray Serve")
-        asyncio.run(deploy(config, dashboard_url=url))
+        say(f"deploying {', '.join(application(SHARED, name) for name in config.rewards)} on Ray Serve")
+        asyncio.run(deploy(config, owner="nft-ray rewards serve", dashboard_url=url, stays=True))
         _print_states(reward_states(Dashboard(url)) if url else [])
         host = f"[{http.host}]" if ":" in http.host else http.host
         for name in config.rewards:
@@ -70,7 +72,7 @@ def scale(args: argparse.Namespace) -> int:
 
         bounds = Autoscaling(min_replicas=1 if args.min is None else args.min, max_replicas=args.max)
         say(f"{state.name}: replacing its replicas; from {bounds.min_replicas} to {bounds.max_replicas} of them")
-        asyncio.run(rebound(state.name, bounds, routed=state.route is not None, wait_s=SETTLED_S))
+        asyncio.run(rebound(state.name, bounds, wait_s=SETTLED_S))
         say(f"{state.name}: done")
     return 0
 
@@ -81,7 +83,7 @@ def delete(args: argparse.Namespace) -> int:
 
     with dashboard_of(args.address) as dashboard:
         names = [plane.find(dashboard, name).name for name in args.names]
-        plane.delete([f"{plane.PREFIX}{name}" for name in names])
+        plane.delete(names)
     say(f"deleted: {', '.join(names)}")
     return 0
 

@@ -95,7 +95,7 @@ def _run(
 ) -> int:
     tracker = RunTracker(folder.path, config, start_epoch=start_epoch)
     console = Console(tracker, config.run.num_epochs, metric=headline(config))
-    place = Place(local=args.local, address=args.address, say=console.say)
+    place = Place(local=args.local, address=args.address, say=console.say, owner=str(folder.path))
     left = [(stage, prompts) for stage, prompts in stages if stage.is_left(folder.path, start_epoch)]
     console.say(f"run {config.run.name}: {folder.path}")
     console.say(f"MLflow: {ui_command(config, folder.path.parent)}")

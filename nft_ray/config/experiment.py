@@ -90,11 +90,11 @@ class ExperimentConfig(Section):
                 f"{num_samples}; use at most {num_samples}"
             )
         for name, config in self.reward_configs.items():
-            deadline_s = getattr(config, "deadline_s", 0.0)
-            if deadline_s >= self.scorers.timeout_s:
+            deadline_s, (field, longest_s) = getattr(config, "deadline_s", 0.0), self.deadline_of(name)
+            if deadline_s >= longest_s:
                 raise ValueError(
                     f"rewards.{name}.deadline_s = {deadline_s:g}: what is scored by then is lost unless it is below "
-                    f"scorers.timeout_s = {self.scorers.timeout_s:g}; lower it, or raise that"
+                    f"scorers.{field} = {longest_s:g}; lower it, or raise that"
                 )
         if not any(config.weight and not config.eval_only for config in self.reward_configs.values()):
             raise ValueError("rewards: none has a weight to train on; give one of them `weight: 1` without eval_only")
@@ -173,6 +173,11 @@ class ExperimentConfig(Section):
     def reward_configs(self) -> dict[str, RewardConfig]:
         """Reward name -> its checked configuration."""
         return {name: reward_config(name, {} if section is None else section) for name, section in self.rewards.items()}
+
+    def deadline_of(self, reward: str) -> tuple[str, float]:
+        """The field of `scorers` that ends a call of this reward, and its seconds."""
+        field = "timeout_s" if reward in self.trained_weights else "monitor_timeout_s"
+        return field, float(getattr(self.scorers, field))
 
     @property
     def trained_weights(self) -> dict[str, float]:

@@ -242,7 +242,8 @@ class HttpConfig(Section):
 
 class ScorersConfig(Section):
     attach: Annotated[bool, Mark.PLACEMENT] = False
-    """Use a reward that is deployed already, if its configuration is the same; deploy those that are not."""
+    """Share rewards: use `shared/REWARD` if it is deployed from the same configuration, and deploy it for others, too,
+    if it is not. false = applications of this run alone, `RUN/REWARD`."""
     http: Annotated[HttpConfig | None, Mark.PLACEMENT] = None
     """Serve the rewards over HTTP too; null = not while training (`nft-ray rewards serve`: on loopback)."""
     max_missing_fraction: Annotated[Fraction, Mark.PLACEMENT] = 0.1

@@ -31,7 +31,17 @@ import nft_ray.rewards
 from nft_ray.downloads.published import PublishedFile
 from nft_ray.types import Mark
 
-_NOT_REWARDS = {"base", "combine", "preprocessing", "servers", "unique", "weights"}
+_NOT_REWARDS = {
+    "applications",
+    "base",
+    "combine",
+    "monitored",
+    "outage",
+    "preprocessing",
+    "servers",
+    "unique",
+    "weights",
+}
 
 MemoryGib = Annotated[
     float, Field(gt=0, description="Expected host memory per replica, shown by --dry-run."), Mark.PLACEMENT

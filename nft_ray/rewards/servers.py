@@ -29,8 +29,9 @@ class SglangConfig(BaseModel):
     """Python of the environment that holds sglang."""
     name: Annotated[str | None, Mark.PLACEMENT] = None
     """Of the actor; null = sglang-MODEL."""
-    host: Annotated[str, Mark.PLACEMENT] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for callers on other nodes. Anything but loopback needs a key."""
+    host: Annotated[str | None, Mark.PLACEMENT] = None
+    """Address to listen on; null = that of its node, which replicas on other nodes reach, with a key that is made for
+    it where none is named. Anything else but loopback needs a key."""
     port: Annotated[int | None, Mark.PLACEMENT] = Field(default=None, ge=1, le=65535)
     """null = one that is free; it stays the same over restarts."""
     api_key_env: Annotated[str | None, Mark.PLACEMENT] = None
@@ -83,7 +84,7 @@ class SglangConfig(BaseModel):
     def _guarded(self) -> "SglangConfig":
         if self.api_key_env is not None and self.api_key_file is not None:
             raise ValueError("give api_key_env or api_key_file, not both")
-        if self.host not in LOOPBACK and self.api_key_env is None and self.api_key_file is None:
+        if self.host not in (None, *LOOPBACK) and self.api_key_env is None and self.api_key_file is None:
             raise ValueError(f"host {self.host} is open to others and there is no key; use 127.0.0.1, or api_key_env")
         return self
 

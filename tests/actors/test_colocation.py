@@ -25,7 +25,7 @@ def two_cards(local_ray: LocalRay) -> Iterator[None]:
 
     names = asyncio.run(deploy(fake_config(), fake_load_reward))
     yield
-    delete(names)
+    delete(list(names.values()))
 
 
 def card() -> float:

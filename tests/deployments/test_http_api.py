@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
 from deployments.http_api import MAX_BODY_BYTES, MAX_IMAGES, MAX_SIDE, HttpError, answer, check_head, parse, read
+from nft_ray.config import HttpConfig
 from nft_ray.rewards.base import Scores
 
 
@@ -87,28 +89,49 @@ def test_a_bad_body_is_refused_with_its_reason(data: bytes, status: int, reason:
     assert len(refused.value.reason) < 600
 
 
+HEAD = {"host": "localhost:8000", "content-type": "application/json"}
+
+
 @pytest.mark.parametrize(
-    ("method", "headers", "token", "status"),
+    ("method", "headers", "http", "status"),
     [
-        ("GET", {}, None, 405),
-        ("POST", {"content-length": str(MAX_BODY_BYTES + 1)}, None, 413),
-        ("POST", {}, "secret", 401),
-        ("POST", {"authorization": "Bearer wrong"}, "secret", 401),
-        ("POST", {"authorization": "secret"}, "secret", 401),
+        ("GET", {}, {}, 405),
+        ("OPTIONS", {}, {}, 405),  # what a browser asks before a page may send JSON elsewhere
+        ("POST", {"content-length": str(MAX_BODY_BYTES + 1)}, {}, 413),
+        ("POST", {}, {"token": "secret"}, 401),
+        ("POST", {"authorization": "Bearer wrong"}, {"token": "secret"}, 401),
+        ("POST", {"authorization": "secret"}, {"token": "secret"}, 401),
+        ("POST", {"content-type": "text/plain"}, {}, 415),
+        ("POST", {"content-type": "application/x-www-form-urlencoded"}, {}, 415),
+        ("POST", {"content-type": ""}, {}, 415),
+        ("POST", {"host": "evil.example:8000"}, {}, 403),
+        ("POST", {"host": "127.0.0.1.evil.example"}, {}, 403),
+        ("POST", {"host": ""}, {}, 403),
+        ("POST", {"host": "evil.example", "authorization": "Bearer secret"}, {"token": "secret"}, 403),
+        ("POST", {"host": "evil.example", "authorization": "no"}, {"token": "secret", "host": "0.0.0.0"}, 401),
     ],
 )
 def test_a_bad_head_is_refused_before_the_body_is_read(
-    method: str, headers: dict[str, str], token: str | None, status: int
+    method: str, headers: dict[str, str], http: dict[str, Any], status: int
 ) -> None:
     with pytest.raises(HttpError) as refused:
-        check_head(method, headers, token)
+        check_head(method, HEAD | headers, HttpConfig(**http))
     assert refused.value.status == status
     assert "secret" not in refused.value.reason
+    assert "\n" not in refused.value.reason
 
 
-def test_a_good_head_passes() -> None:
-    check_head("POST", {"authorization": "Bearer secret", "content-length": "100"}, "secret")
-    check_head("POST", {}, None)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:80", "10.0.0.7:8000"])
+def test_a_good_head_passes(host: str) -> None:
+    token = {"authorization": "Bearer secret", "content-length": "100"}
+    check_head("POST", HEAD | token | {"host": host}, HttpConfig(host="10.0.0.7", token=SecretStr("secret")))
+    if host != "10.0.0.7:8000":
+        check_head("POST", {"host": host, "content-type": "Application/JSON; charset=utf-8"}, HttpConfig())
+
+
+def test_a_host_that_is_open_is_asked_by_any_name() -> None:
+    http = HttpConfig(host="0.0.0.0", token=SecretStr("secret"))
+    check_head("POST", HEAD | {"host": "gpu.example:8000", "authorization": "Bearer secret"}, http)
 
 
 def test_a_body_that_does_not_say_its_size_is_not_read_to_its_end() -> None:

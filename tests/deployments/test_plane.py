@@ -24,6 +24,7 @@ from tests.fakes import NamedRewards, fake_config, fake_load_reward
 pytestmark = pytest.mark.ray
 
 REWARD, OTHER = "jpeg_compressibility", "jpeg_incompressibility"
+SHARED = f"shared/{REWARD}"
 TOKEN = "a-secret"
 SMALL = {"num_cpus": 0.1, "batch_size": 2}
 
@@ -44,10 +45,12 @@ def plane(local_ray: LocalRay, port: int) -> Iterator[str]:
     from deployments.build import deploy
     from deployments.plane import delete
 
-    names = asyncio.run(deploy(config(port), NamedRewards(slow=0.05), dashboard_url=local_ray.dashboard))
-    assert names == [f"reward-{REWARD}"]
+    names = asyncio.run(
+        deploy(config(port, attach=True), NamedRewards(slow=0.05), dashboard_url=local_ray.dashboard, stays=True)
+    )
+    assert names == {REWARD: SHARED}
     yield local_ray.dashboard
-    delete(names)
+    delete(list(names.values()))
 
 
 def png(value: int, size: int = 8) -> str:
@@ -66,9 +69,7 @@ def score(value: int) -> tuple[float, float]:
     from ray import serve
 
     images = np.full((1, 8, 8, 3), value, np.uint8)
-    scores = (
-        serve.get_app_handle(f"reward-{REWARD}").score.remote(images, [f"{time.time_ns()}"], [{}]).result(timeout_s=60)
-    )
+    scores = serve.get_app_handle(SHARED).score.remote(images, [f"{time.time_ns()}"], [{}]).result(timeout_s=60)
     return float(scores.values[0]), float(scores.details["process"][0])
 
 
@@ -116,7 +117,7 @@ def test_scaling_keeps_the_replica_that_serves_and_fails_no_request(plane: str) 
         asked = [pool.submit(score, value) for value in range(100)]
         scale(dashboard, REWARD, 3)
         deadline = time.monotonic() + 60
-        while find(dashboard, f"reward-{REWARD}").running < 3:
+        while find(dashboard, SHARED).running < 3:
             assert time.monotonic() < deadline
             asked += [pool.submit(score, value) for value in range(5)]
             time.sleep(0.2)
@@ -136,7 +137,9 @@ def test_scaling_keeps_the_replica_that_serves_and_fails_no_request(plane: str) 
 def test_what_cannot_be_scaled_is_said(plane: str) -> None:
     from deployments.plane import Dashboard, scale
 
-    with pytest.raises(ValueError, match=r"^reward 'jpeg_compress' is not deployed .*did you mean jpeg_compressibil"):
+    with pytest.raises(
+        ValueError, match=r"^reward 'jpeg_compress' is not deployed .*did you mean shared/jpeg_compressibil"
+    ):
         scale(Dashboard(plane), "jpeg_compress", 2)
     with pytest.raises(ValueError, match="needs at least 1"):
         scale(Dashboard(plane), REWARD, 0)
@@ -172,7 +175,7 @@ def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(
         assert find(dashboard, OTHER).autoscaled
         with pytest.raises(ValueError, match="scales itself: change its bounds with --min and --max"):
             scale(dashboard, OTHER, 2)
-        handle, deadline, enough = serve.get_app_handle(names[0]), time.monotonic() + 90, threading.Event()
+        handle, deadline, enough = serve.get_app_handle(names[OTHER]), time.monotonic() + 90, threading.Event()
 
         # Threads that are the first to ask, together, would each start a router under one and the same name: what one
         # reports then hides what the others have, and Serve sees a single request.
@@ -191,57 +194,59 @@ def test_autoscaling_adds_replicas_under_load_and_takes_new_bounds(
             enough.set()
         assert [one.result() for one in asking] == [None] * 6
         assert find(dashboard, OTHER).running == 2
-        asyncio.run(rebound(OTHER, Autoscaling(min_replicas=2, max_replicas=3), NamedRewards(), routed=True, wait_s=60))
+        asyncio.run(rebound(names[OTHER], Autoscaling(min_replicas=2, max_replicas=3), NamedRewards(), wait_s=60))
         while find(dashboard, OTHER).running < 2:
             assert time.monotonic() < deadline + 60
             time.sleep(0.2)
-        answer = post(port, {"images": [png(5)], "prompts": ["p"]}, path=OTHER)
+        answer = post(port, {"images": [png(5)], "prompts": ["p"]}, path=f"fake/{OTHER}")
         assert answer.json()["scores"] == [5.0]
-        assert post(port, {}, path=OTHER, token=None).status_code == 401  # the token is kept
+        assert post(port, {}, path=f"fake/{OTHER}", token=None).status_code == 401  # the token is kept
     finally:
-        delete(names)
+        delete(list(names.values()))
 
 
 # Sharing
 
 
-def test_attaching_uses_what_is_there_and_owns_nothing(plane: str, port: int) -> None:
-    from deployments.build import deploy
+def test_attaching_uses_what_is_there(plane: str, port: int) -> None:
+    from deployments.build import deploy, release
 
     job = config(port, section={"weight": 0.5, "num_replicas": 2, "batch_size": 7}, attach=True)
-    assert asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane)) == []
+    assert asyncio.run(deploy(job, fake_load_reward, owner="/runs/b", dashboard_url=plane)) == {REWARD: SHARED}
     assert score(3)[0] == 3  # still the one of NamedRewards
+    release([SHARED], owner="/runs/b")
+    assert score(3)[0] == 3  # it stays
+
+
+def test_attaching_to_another_configuration_names_the_difference(plane: str, port: int) -> None:
+    from deployments.build import check_shared, describe
+
+    mine, theirs = config(port), config(port, section={"num_replicas": 3})
+    found, wanted = (describe(REWARD, one.reward_configs[REWARD]) for one in (theirs, mine))
+    check_shared(SHARED, found, wanted, mine)
+    with pytest.raises(ValueError, match=rf"^Serve application {SHARED} was deployed with another .*nft_ray"):
+        check_shared(SHARED, found | {"nft_ray": "0.0"}, wanted, mine)
 
 
 @pytest.mark.slow
-def test_attaching_deploys_what_is_not_there_and_owns_that(plane: str, port: int) -> None:
+def test_what_is_shared_goes_with_its_last_user(plane: str, port: int) -> None:
+    """Two start together: one of them deploys it. It outlives the first that ends, whoever that is."""
     from ray import serve
 
-    from deployments.build import deploy
-    from deployments.plane import delete
+    from deployments.build import deploy, release
 
-    rewards = {REWARD: SMALL, OTHER: {"num_cpus": 0.1}}
-    job = fake_config(rewards=rewards, scorers={"attach": True, "http": {"port": port, "token": TOKEN}})
-    names = asyncio.run(deploy(job, fake_load_reward, dashboard_url=plane))
-    assert names == [f"reward-{OTHER}"]
-    delete(names)
-    assert list(serve.status().applications) == [f"reward-{REWARD}"]
-
-
-@pytest.mark.slow
-def test_of_two_jobs_that_start_together_one_deploys_and_the_other_attaches(plane: str, port: int) -> None:
-    from deployments.build import deploy
-    from deployments.plane import delete
-
+    shared, owners = f"shared/{OTHER}", ("/runs/a", "/runs/b")
     job = config(port, OTHER, attach=True)
-    job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"wait_s": 300.0})})
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            started = [pool.submit(asyncio.run, deploy(job, fake_load_reward, dashboard_url=plane)) for _ in range(2)]
-            made = sorted(one.result() for one in started)
-    finally:
-        delete([f"reward-{OTHER}"])
-    assert made == [[], [f"reward-{OTHER}"]]
+
+    def start(owner: str) -> dict[str, str]:
+        return asyncio.run(deploy(job, fake_load_reward, owner=owner, dashboard_url=plane))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, owners)) == [{OTHER: shared}] * 2
+    release([shared], owner=owners[0])
+    assert serve.status().applications[shared].status == "RUNNING"
+    release([shared], owner=owners[1])
+    assert list(serve.status().applications) == [SHARED]
 
 
 def test_two_jobs_use_one_application(plane: str, port: int) -> None:
@@ -250,7 +255,7 @@ def test_two_jobs_use_one_application(plane: str, port: int) -> None:
     from tests.fakes import fake_request
 
     async def both() -> list[Any]:
-        jobs = [ServeScorers(config(port, attach=True)) for _ in range(2)]
+        jobs = [ServeScorers(config(port, attach=True), {REWARD: SHARED}) for _ in range(2)]
         request = fake_request()
         info = RolloutInfo(epoch=0, policy_version=0, worker="w", seconds=0.0, num_bytes=0)
         rollouts = [Rollout(info=info, images=np.full((3, 8, 8, 3), i, np.uint8), samples=None) for i in (4, 6)]
@@ -278,7 +283,7 @@ def test_another_http_port_than_the_clusters_is_refused(plane: str, port: int) -
 
 
 def test_a_port_in_use_is_one_line() -> None:
-    from deployments.build import check_port
+    from deployments.proxy import check_port
     from nft_ray.config import HttpConfig
 
     with socket.socket() as taken:
@@ -291,7 +296,8 @@ def test_a_port_in_use_is_one_line() -> None:
 
 @pytest.mark.slow
 def test_a_python_without_ray_is_refused_before_serve_waits_for_it(plane: str, port: int, tmp_path: Path) -> None:
-    from deployments.build import check_py_executable, deploy
+    from deployments.build import deploy
+    from deployments.interpreter import check_py_executable
 
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')

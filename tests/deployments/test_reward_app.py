@@ -1,11 +1,13 @@
 """Batching without Serve; with it, the deployment is tested in tests/test_roles.py."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from deployments.reward_app import score_requests
 from nft_ray.rewards.base import Scores
-from tests.fakes import FakeReward, NamedReward
+from tests.fakes import FakeReward, MortalReward, NamedReward
 
 
 @pytest.mark.parametrize("sizes", [[3], [2, 1, 4]])
@@ -32,6 +34,12 @@ def test_images_of_several_sizes_are_scored_size_by_size() -> None:
     values = [answer.values.tolist() for answer in answers if isinstance(answer, Scores)]
     assert values == [[1, 1], [2, 2], [3, 3]]
     assert reward.calls == 2
+
+
+def test_where_the_device_is_broken_nothing_is_tried_again_there(tmp_path: Path) -> None:
+    (tmp_path / "device-reward").touch()
+    answers = score_requests(MortalReward(tmp_path), [request(1), request(2)])
+    assert [str(answer) for answer in answers] == ["CUDA error: an illegal memory access was encountered"] * 2
 
 
 def test_a_bad_request_fails_alone() -> None:

@@ -7,20 +7,37 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import requests
+from pydantic import SecretStr
 
 from tests.conftest import LocalRay
 from tests.deployments.sglang_folder import StandIn, is_alive, until
+
+
+def bearer(key: SecretStr) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key.get_secret_value()}"}
+
+
+def scored(application: str, value: int = 0) -> list[float]:
+    """Of an image that nobody has asked for yet."""
+    import numpy as np
+    from ray import serve
+
+    images = np.full((1, 8, 8, 3), value, np.uint8)
+    scores = serve.get_app_handle(application).score.remote(images, ["a cat"], [{}]).result(timeout_s=60)
+    values: list[float] = scores.values.tolist()
+    return values
 
 
 @pytest.fixture
 def actor(local_ray: LocalRay, stand_in: StandIn) -> Iterator[Any]:
     import ray
 
-    from deployments.sglang_server import serve_sglang
+    from deployments.sglang_actor import serve_sglang
 
     stand_in.set(load_s=0.2)
     handle = asyncio.run(serve_sglang(stand_in.config(num_gpus=0)))
@@ -34,28 +51,36 @@ def test_the_actor_supervises(stand_in: StandIn, actor: Any) -> None:
     import ray
 
     assert ray.get(ray.get_actor("sglang-Model-7B", namespace="nft_ray").status.remote()).state == "running"
-    url = ray.get(actor.url.remote())
-    assert requests.get(f"{url}/models", timeout=5).status_code == 200
+    url, key = ray.get(actor.access.remote())
+    assert url.startswith(f"http://{ray.util.get_node_ip_address()}:")  # other nodes reach it, who have the key
+    assert requests.get(f"{url}/models", timeout=5).status_code == 401
+    models = partial(requests.get, f"{url}/models", headers=bearer(key), timeout=5)
+    assert models().status_code == 200
     os.kill(stand_in.starts[0]["pid"], signal.SIGKILL)
     until(lambda: len(stand_in.starts) == 2 and ray.get(actor.status.remote()).state == "running")
-    assert requests.get(f"{url}/models", timeout=5).status_code == 200
+    assert models().status_code == 200
     ray.get(actor.stop.remote())
     assert stand_in.alive() == []
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
-def test_no_orphan_is_left_however_the_actor_ends(local_ray: LocalRay, stand_in: StandIn, how: str) -> None:
+def test_an_actor_that_is_killed_is_made_again_with_its_server_until_it_is_let_go(
+    local_ray: LocalRay, stand_in: StandIn
+) -> None:
+    """No orphan is left however it ends."""
     import ray
 
-    from deployments.sglang_server import serve_sglang
+    from deployments.sglang_actor import serve_sglang
 
-    actor = asyncio.run(serve_sglang(stand_in.config(num_gpus=0, name=f"sglang-{how}")))
-    assert len(stand_in.alive()) == 2
-    if how == "ray.kill":
-        ray.kill(actor)
-    else:
-        os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    actor = asyncio.run(serve_sglang(stand_in.config(num_gpus=0, name="sglang-mortal")))
+    first = stand_in.alive()
+    assert len(first) == 2
+    os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    until(lambda: not any(map(is_alive, first)))
+    until(lambda: len(stand_in.alive()) == 2 and ray.get(actor.status.remote()).state == "running")
+    url, key = ray.get(actor.access.remote())
+    assert requests.get(f"{url}/models", headers=bearer(key), timeout=5).status_code == 200
+    ray.kill(actor)
     until(lambda: not stand_in.alive())
 
 
@@ -63,7 +88,7 @@ def test_no_orphan_is_left_however_the_actor_ends(local_ray: LocalRay, stand_in:
 def test_a_server_that_does_not_start_leaves_no_actor(local_ray: LocalRay, stand_in: StandIn) -> None:
     import ray
 
-    from deployments.sglang_server import serve_sglang
+    from deployments.sglang_actor import serve_sglang
 
     stand_in.set(exit_at_once=1)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
@@ -75,7 +100,7 @@ def test_a_server_that_does_not_start_leaves_no_actor(local_ray: LocalRay, stand
 
 @pytest.mark.ray
 def test_gpus_that_the_cluster_lacks(local_ray: LocalRay, stand_in: StandIn) -> None:
-    from deployments.sglang_server import serve_sglang
+    from deployments.sglang_actor import serve_sglang
 
     config = stand_in.config(data_parallel_size=4, start_timeout_s=1.0)
     with pytest.raises(RuntimeError, match="waiting for 4 GPUs and 1 CPUs, the cluster has 2 and 2 free; given up"):
@@ -86,12 +111,14 @@ def test_gpus_that_the_cluster_lacks(local_ray: LocalRay, stand_in: StandIn) -> 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: LocalRay, stand_in: StandIn) -> None:
-    """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted."""
-    import numpy as np
-    from ray import serve
+    """The server is started with the reward, gives its URL to the replicas, and is gone when the reward is deleted.
+
+    Its actor is killed: the replicas find the new one, at another address.
+    """
+    import ray
 
     from deployments.build import deploy
-    from deployments.plane import delete
+    from deployments.plane import delete, server_name
     from tests.fakes import fake_config
 
     server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
@@ -100,12 +127,17 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: Lo
     )
     names = asyncio.run(deploy(config))
     try:
-        images = np.zeros((2, 8, 8, 3), np.uint8)
-        response = serve.get_app_handle(names[0]).score.remote(images, ["a cat", "a dog"], [{}, {}])
-        assert response.result(timeout_s=60).values.tolist() == pytest.approx([0.8, 0.8])  # "Final Score: 4"
-        assert len(stand_in.alive()) == 2
+        assert scored(names["unified_reward"]) == pytest.approx([0.8])  # "Final Score: 4"
+        first = stand_in.alive()
+        assert len(first) == 2
+        actor = ray.get_actor(server_name(names["unified_reward"]), namespace="nft_ray")
+        url = ray.get(actor.url.remote())
+        os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        until(lambda: not any(map(is_alive, first)) and len(stand_in.alive()) == 2)
+        until(lambda: ray.get(actor.status.remote()).state == "running" and ray.get(actor.url.remote()) != url)
+        until(lambda: scored(names["unified_reward"], value=7) == pytest.approx([0.8]))
     finally:
-        delete(names)
+        delete(list(names.values()))
     until(lambda: not stand_in.alive())
 
 
@@ -115,11 +147,11 @@ def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: LocalRay,
     """A job that is killed between the server and the reward leaves a detached actor, which holds GPUs for nobody."""
     from deployments.build import deploy
     from deployments.plane import delete, server_name
-    from deployments.sglang_server import serve_sglang
+    from deployments.sglang_actor import serve_sglang
     from tests.fakes import fake_config
 
     server = stand_in.config(num_gpus=0, num_cpus=0.1)
-    asyncio.run(serve_sglang(server.model_copy(update={"name": server_name("reward-unified_reward")})))
+    asyncio.run(serve_sglang(server.model_copy(update={"name": server_name("fake/unified_reward")})))
     left = stand_in.starts[0]["pid"]
     section = {"server": server.model_dump(mode="json"), "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}
     names = asyncio.run(deploy(fake_config(rewards={"unified_reward": section})))
@@ -127,7 +159,7 @@ def test_a_server_that_a_killed_job_left_behind_is_replaced(local_ray: LocalRay,
         assert len(stand_in.starts) == 2
         until(lambda: not is_alive(left))
     finally:
-        delete(names)
+        delete(list(names.values()))
     until(lambda: not stand_in.alive())
 
 

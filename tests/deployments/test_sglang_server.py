@@ -52,6 +52,7 @@ def test_the_command_line_is_sglangs() -> None:
     config = SglangConfig(
         model_path="m",
         python="/env/bin/python",
+        host="127.0.0.1",
         chat_template="qwen2-vl",
         mem_fraction_static=0.7,
         max_running_requests=32,

@@ -20,7 +20,9 @@ from safetensors.numpy import load_file
 from nft_ray.shapes.grammar import test_lines as held_out_lines
 from tests.command_line import NO_MLFLOW, REPO, environment, nft_ray, nft_ray_here, sets
 from tests.conftest import LocalRay
+from tests.deployments.sglang_folder import until
 from tests.examples import QUICKSTART, SMALL, few_lines
+from tests.rewards.misbehaving_server import MisbehavingServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -60,7 +62,7 @@ def nothing_deployed(local_ray: LocalRay) -> Iterator[None]:
 
 def replica_pids(ray: LocalRay) -> list[int]:
     """The processes of the reward's replicas: Ray names a worker after the actor that it runs."""
-    found = subprocess.run(["pgrep", "-f", "ray::ServeReplica:reward-geneval"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-f", "ray::ServeReplica:.*/geneval"], capture_output=True, text=True)
     ours = ray.environment["RAY_AUTH_TOKEN_PATH"]
     return [int(pid) for pid in found.stdout.split() if ours in Path(f"/proc/{pid}/environ").read_text()]
 
@@ -141,14 +143,59 @@ def test_rewards_without_a_run(tmp_path: Path, local_ray: LocalRay) -> None:
     scored = rewards(local_ray, *arguments, "--address", local_ray.environment["RAY_ADDRESS"])
     assert json.loads(scored.stdout.splitlines()[-1])["score"] == 0.0, scored.stderr
 
-    refused = nft_ray(*train(tmp_path, "refused"), runs=tmp_path, ray=local_ray.environment)
-    assert refused.returncode == 1
-    assert "reward-geneval exists on this cluster already; set scorers.attach=true" in refused.stderr.splitlines()[-1]
     shared = nft_ray(*train(tmp_path, "shared", "scorers.attach=true"), runs=tmp_path, ray=local_ray.environment)
     assert shared.returncode == 0, shared.stderr
-    assert [one["running"] for one in status(local_ray)] == [1]
+    assert [(one["name"], one["running"]) for one in status(local_ray)] == [("shared/geneval", 1)]
 
     mistaken = rewards(local_ray, "delete", "genevall")
-    assert "did you mean geneval?" in mistaken.stderr.splitlines()[-1]
+    assert "did you mean shared/geneval?" in mistaken.stderr.splitlines()[-1]
     assert rewards(local_ray, "delete", "geneval").returncode == 0
     assert status(local_ray) == []
+
+
+def test_a_run_killed_with_9_goes_on_by_the_same_command_beside_a_run_of_another_experiment(
+    tmp_path: Path, local_ray: LocalRay
+) -> None:
+    """Nobody tidies up: what the killed one has deployed is used again; a run with the same reward is not disturbed."""
+    one = {"rewards.geneval.num_cpus": 0.2, "sampler.num_cpus": 0.2, "learner.num_cpus": 0.2}
+    small = [f"{name}={value}" for name, value in one.items()]
+    command = train(tmp_path, "killed", "run.num_epochs=40", *small)
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nft_ray", *arguments],
+            cwd=REPO,
+            env=environment(tmp_path, local_ray.environment),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first, metrics = start(*command), tmp_path / "killed" / "metrics.jsonl"
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, timeout_s=100)
+    first.kill()
+    first.communicate()
+    assert [state["name"] for state in status(local_ray)] == ["killed/geneval"]
+    again, other = start(*command), start(*train(tmp_path, "other", "run.num_epochs=2", *small))
+    said = {process: process.communicate(timeout=120)[1] for process in (again, other)}
+    assert (again.returncode, other.returncode) == (0, 0), said
+    assert "using killed/geneval again, which an earlier start of this run has left" in said[again]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(41))
+    assert status(local_ray) == []
+
+
+@pytest.mark.parametrize("misbehaves", ["500", "hang"])
+def test_a_monitor_whose_endpoint_is_down_costs_no_epoch(tmp_path: Path, local_ray: LocalRay, misbehaves: str) -> None:
+    """Its real client, with patient settings: were it waited for, each of the groups would cost its deadline."""
+    with MisbehavingServer(misbehaves) as server:
+        section = f"{{eval_only: true, num_cpus: 0.1, urls: ['{server.url}'], timeout_s: 8, deadline_s: 9}}"
+        monitor = [f"rewards.unified_reward={section}", "scorers.monitor_timeout_s=10", "rewards.geneval.num_cpus=0.2"]
+        command = train(tmp_path, "monitored", "run.num_epochs=6", *monitor)
+        done = nft_ray(*command, runs=tmp_path, ray=local_ray.environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "monitored" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward/unified_reward/missing"] for line in lines[1:]] == [1.0] * 6
+    assert [line["reward/missing"] for line in lines[1:]] == [0.0] * 6
+    assert done.stderr.count("reward unified_reward is down: ") == 1
+    assert len(server.bodies) <= 100, "asked of the first 48 lines, twice at most: not of 72 images and 48 lines more"

@@ -72,6 +72,12 @@ class Plane:
         scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=second)}
         return assemble(scores, len(lines), {"jpeg_compressibility": 1.0})
 
+    def monitored(self, epoch: int) -> dict[int, dict[str, float]]:
+        return {}
+
+    async def drained(self) -> dict[int, dict[str, float]]:
+        return {}
+
 
 def run(
     folder: EvaluationFolder, plane: Plane, pictures: tuple[int, ...] = (), config: ExperimentConfig = CONFIG
