@@ -36,7 +36,7 @@ from deployments.plane import delete
 from nft_ray.config import ExperimentConfig
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.roles import Roles
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import EvalResult, Prompt
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, fake_config, fake_load_reward

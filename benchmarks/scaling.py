@@ -151,7 +151,7 @@ def measure_driver(num_epochs: int) -> list[float]:
     from deployments.build import deploy
     from deployments.plane import delete
     from nft_ray.prompts.draw import PromptSet
-    from nft_ray.runs.checkpoint import RunFolder
+    from nft_ray.runs.folder import RunFolder
     from nft_ray.trainer import Trainer
     from nft_ray.types import Prompt
     from tests.fakes import FakeLearnerCore, FakeSamplerCore, fake_config, fake_load_reward

@@ -23,8 +23,8 @@ from nft_ray.evaluation.held_out import evaluate_epoch
 from nft_ray.prompts.draw import PromptSet, epoch_requests
 from nft_ray.redo import while_lost
 from nft_ray.roles import ObjectsLostError, Roles, StateLostError, Tracker
-from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.runs.evaluations import evaluated_epochs
+from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.health import Health, NotFiniteError
 from nft_ray.runs.saving import Finished, Saving
 from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup, UpdateResult

@@ -16,7 +16,7 @@ from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import Roles
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
     Adapters,

@@ -44,12 +44,17 @@ class RunLog(logging.FileHandler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
 
-def log_to(folder: Path) -> None:
-    """From here on everything is logged in this folder, too; instead of in the folder that was named before."""
+def log_no_more() -> None:
+    """The folder that was named is gone again."""
     for logger in (logging.getLogger(), *map(logging.getLogger, NOISY)):
         for old in [handler for handler in logger.handlers if isinstance(handler, RunLog)]:
             logger.removeHandler(old)
             old.close()
+
+
+def log_to(folder: Path) -> None:
+    """From here on everything is logged in this folder, too; instead of in the folder that was named before."""
+    log_no_more()
     handler = RunLog(folder / LOG)
     logging.getLogger().addHandler(handler)
     for name in NOISY:

@@ -14,12 +14,23 @@ from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig
 from nft_ray.roles import EvaluationRoles, Roles
 
-STOPPED = (KeyboardInterrupt, asyncio.CancelledError)
-"""How Ctrl-C and SIGTERM arrive behind `run_until_stopped`."""
+
+class Terminated(BaseException):
+    """SIGTERM, outside of an event loop; see `sigterm_raises`."""
+
+
+PREEMPTED = (Terminated, SystemExit)
+"""How SIGTERM arrives; while Ray starts, by a handler of Ray's own."""
+STOPPED = (KeyboardInterrupt, *PREEMPTED)
+"""How Ctrl-C and SIGTERM arrive."""
 
 
 class Interrupted(Exception):  # noqa: N818
     """Ctrl-C or SIGTERM; the message says what was kept."""
+
+
+class Preempted(Exception):  # noqa: N818
+    """SIGTERM: the machine goes, the run goes on elsewhere; the message says what was kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +105,46 @@ class Place:
 
 
 def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
-    """Run it to its end. SIGTERM cancels it, as Ctrl-C does; one of STOPPED is raised then."""
+    """Run it to its end. The first SIGTERM cancels it, as Ctrl-C does; one of STOPPED is raised then."""
+    stopped = False
 
     async def main() -> None:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop() -> None:
+            nonlocal stopped
+            if not stopped:  # it may be writing a checkpoint by now
+                stopped = task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
         await work
 
-    asyncio.run(main())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        if stopped:
+            raise Terminated from None
+        raise RuntimeError("the work was cancelled, and nobody asked for it") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)  # the loop leaves the default, which ends the process on the spot
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[Callable[[], None]]:
+    """In the body, SIGTERM raises Terminated, once; what it gives sets that up again, behind what changed it."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order now is not to be cut off
+        raise Terminated
+
+    def set_up() -> None:
+        signal.signal(signal.SIGTERM, stop)
+
+    before = signal.getsignal(signal.SIGTERM)
+    set_up()
+    try:
+        yield set_up
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,13 +5,15 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
 from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
-from nft_ray.cli.failures import log_to
-from nft_ray.cli.place import STOPPED, Interrupted, Place, run_until_stopped
+from nft_ray.cli.failures import log_no_more, log_to
+from nft_ray.cli.place import PREEMPTED, Interrupted, Place, Preempted, run_until_stopped, sigterm_raises
 from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig, dump, load
 from nft_ray.evaluation.summary import headline
@@ -22,14 +24,20 @@ from nft_ray.prompts.draw import experiment_prompts
 from nft_ray.prompts.sets import missing
 from nft_ray.rewards.weights import missing_weights
 from nft_ray.runs import closing
-from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root, whole_checkpoints
+from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.closing import PromptSets
+from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.root import in_submitted_job, run_root
 from nft_ray.runs.stages import Stage, stages_of
-from nft_ray.runs.tracking import RunTracker, ui_command
+from nft_ray.runs.tracking import CLOSE_S, RunTracker, read_metrics, ui_command
 from nft_ray.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 StagesWithPrompts = Sequence[tuple[Stage, PromptSets]]
+GRACE_S, MLFLOW_S = 15.0, 3.0
+"""Seconds of the 30 that a machine which is taken away usually gives: for the checkpoint's copy, and for MLflow."""
+END_S = 1800.0
+"""Seconds that a finished run waits for the copy."""
 
 
 def train(args: argparse.Namespace) -> int:
@@ -42,19 +50,23 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, stages, local=args.local)
     prompts = [experiment_prompts(stage.config) for stage in stages]
+    place = Place(local=args.local, address=args.address, say=say)
     for stage in stages:
-        Place(local=args.local, address=args.address, say=say).check(stage.config)
-    folder = RunFolder(run_root(config, os.environ) / config.run.name, keep=config.run.keep_checkpoints)
+        place.check(stage.config)
+    folder = RunFolder(
+        run_root(config, os.environ) / config.run.name,
+        keep=config.run.keep_checkpoints,
+        metric=headline(config),
+        url=config.run.checkpoint_url,
+    )
+    folder.check(config, overwrite=args.overwrite)
     _check_disk(stages, folder)
-    folder.claim(config, overwrite=args.overwrite)
-    log_to(folder.path)
-    if in_submitted_job(os.environ):
-        say(f"this run is kept in {folder.path}")
-    start, table = folder.latest(), closing.closed(folder)
-    if start is not None and start.epoch >= config.run.num_epochs and table is not None:
-        say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
+    try:
+        with sigterm_raises() as listen, folder.locked():
+            return _run(place, config, folder, list(zip(stages, prompts, strict=True)), args.overwrite, listen)
+    except Preempted as stopped:
+        say(str(stopped))
         return 0
-    return _run(args, config, folder, list(zip(stages, prompts, strict=True)), start.epoch if start else 0)
 
 
 def _check_disk(stages: Sequence[Stage], folder: RunFolder) -> None:
@@ -91,46 +103,89 @@ def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) 
 
 
 def _run(
-    args: argparse.Namespace, config: ExperimentConfig, folder: RunFolder, stages: StagesWithPrompts, start_epoch: int
+    place: Place,
+    config: ExperimentConfig,
+    folder: RunFolder,
+    stages: StagesWithPrompts,
+    overwrite: bool,
+    listen: Callable[[], None],
 ) -> int:
-    tracker = RunTracker(folder.path, config, start_epoch=start_epoch)
-    console = Console(tracker, config.run.num_epochs, metric=headline(config))
-    place = Place(local=args.local, address=args.address, say=console.say, owner=str(folder.path))
-    left = [(stage, prompts) for stage, prompts in stages if stage.is_left(folder.path, start_epoch)]
-    console.say(f"run {config.run.name}: {folder.path}")
-    console.say(f"MLflow: {ui_command(config, folder.path.parent)}")
-    if start_epoch:
-        console.say(f"going on after epoch {start_epoch}")
-    started, finished = time.monotonic(), False
-    ending = Ending(kept=lambda: _kept(folder), close=lambda: tracker.close(failed=True))
+    """All of it, under the folder's lock. Nothing is written before a cluster is there that has passed the checks."""
+    folder.check(config, overwrite=overwrite)
+    done = 0 if overwrite else folder.finished()
+    kept, table = folder.kept(), closing.closed(folder)
+    if not overwrite and table is not None and kept is not None and kept[0] == done == config.run.num_epochs:
+        say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
+        return 0
+    started, failed, goes_on = time.monotonic(), True, False
+    tracker: RunTracker | None = None
+    ending = Ending(kept=lambda: what_is_kept(folder), close=lambda: tracker.close(failed=True) if tracker else None)
     try:
-        closing.reopen(folder)
-        if left:  # else it ended between its last checkpoint and its report
-            with place.ray(config, ending) as dashboard_url:
-                place.check_connected([stage.config for stage, _ in left])
-                run_until_stopped(_train(place, left, folder, console, dashboard_url))
+        with ExitStack() as stack:
+            is_left = [stage.config for stage, _ in stages if overwrite or stage.is_left(folder.path, done)]
+            dashboard_url = stack.enter_context(place.ray(config, ending)) if is_left else None  # else: its report
+            listen()  # to SIGTERM again: Ray has set a handler of its own
+            if is_left:
+                place.check_connected(is_left)
+            folder.claim(config, overwrite=overwrite)
+            log_to(folder.path)
+            tracker = RunTracker(folder.path, config, start_epoch=folder.finished())
+            console = Console(tracker, config.run.num_epochs, metric=headline(config))
+            _say_where(config, folder, console)
+            closing.reopen(folder)
+            left = [(stage, sets) for stage, sets in stages if stage.is_left(folder.path, folder.finished())]
+            if left:
+                run_until_stopped(
+                    _train(replace(place, say=console.say, owner=folder.identity), left, folder, console, dashboard_url)
+                )
         made = closing.close(config, stages, folder, seconds=time.monotonic() - started)
         tracker.log_artifacts(made.artifacts)
         console.say(f"\n{made.table}\n")
         for path in made.files:
             console.say(str(path))
-        finished = True
-    except STOPPED:
-        raise Interrupted(f"interrupted: {_kept(folder)}") from None
+        failed = False
+    except PREEMPTED:
+        failed, goes_on = False, True
+        raise Preempted(f"preempted: {what_is_kept(folder)}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {what_is_kept(folder)}") from None
     except Exception as error:
-        if whole_checkpoints(folder.path / "checkpoints"):
-            error.add_note(_kept(folder))
+        if folder.kept():
+            error.add_note(what_is_kept(folder))
         raise
     finally:
-        tracker.close(failed=not finished)
+        folder.send_all(GRACE_S if failed or goes_on else END_S, say)
+        if tracker is not None:
+            tracker.close(failed=failed, goes_on=goes_on, timeout_s=MLFLOW_S if goes_on else CLOSE_S)
+        if failed and folder.abandon():
+            log_no_more()
     return 0
 
 
-def _kept(folder: RunFolder) -> str:
-    """What a stopped run has left, for the line that says why it stopped."""
-    whole = whole_checkpoints(folder.path / "checkpoints")
-    kept = f"epoch {int(whole[-1].name.removeprefix('epoch-'))} is kept in {whole[-1]}" if whole else ""
-    return f"{kept or 'before the first checkpoint'}; run the same command to go on"
+def _say_where(config: ExperimentConfig, folder: RunFolder, console: Console) -> None:
+    console.say(f"run {config.run.name}: {folder.path}")
+    if in_submitted_job(os.environ):
+        console.say(f"this run is kept in {folder.path}")
+        console.say('(a job\'s folder carries its user: --metadata-json \'{"user": "NAME"}\' of ray job submit)')
+    if config.run.checkpoint_url:
+        console.say(f"checkpoints go to {config.run.checkpoint_url.rstrip('/')}/{config.run.name} as well")
+    console.say(f"MLflow: {ui_command(config, folder.path.parent)}")
+    if done := folder.finished():
+        console.say(f"going on after epoch {done}")
+
+
+def what_is_kept(folder: RunFolder) -> str:
+    """Of a run that was stopped: what the same command goes on with, and what it lost."""
+    kept = folder.kept()
+    trained = max((line["epoch"] for line in read_metrics(folder.path)), default=0)
+    lost = max(0, trained - (kept[0] if kept else 0))
+    gone = f"{lost} finished epoch{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
+    if kept is not None:
+        where = f"epoch {kept[0]} is kept in {kept[1]}"
+        return f"{where}{f', {gone}' if lost else ''}; run the same command to go on"
+    if lost:
+        return f"no checkpoint is kept, {gone}; the same command begins anew"
+    return "before the first epoch was finished; run the same command to begin"
 
 
 async def _train(
@@ -141,6 +196,6 @@ async def _train(
         if stage.name:
             console.say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
         console.metric = headline(stage.config)
-        results = RunFolder(folder.path, folder.keep, results=stage.results(folder.path))
+        of_stage = folder.for_stage(stage.results(folder.path), headline(stage.config))
         async with place.roles(stage.config, dashboard_url) as roles:
-            await Trainer(stage.config, roles, results, console, *prompts, first_epoch=stage.first_epoch).run()
+            await Trainer(stage.config, roles, of_stage, console, *prompts, first_epoch=stage.first_epoch).run()

@@ -37,6 +37,10 @@ class RunConfig(Section):
     """An epoch that ends so long after the last checkpoint makes one, too; null = only `checkpoint_every` counts."""
     keep_checkpoints: Annotated[Positive, Mark.PLACEMENT] = 2
     """Newest checkpoints that stay, beside the best one that was evaluated."""
+    checkpoint_url: Annotated[str | None, Mark.PLACEMENT] = None
+    """Where checkpoints, metrics and figures are copied to as well, for a machine that goes: a folder, s3://BUCKET/RUNS
+    or whatever fsspec knows, without a password in it; the copy lies under the run's name. A run whose folder is empty
+    goes on from there. null = nowhere."""
     max_epochs_without_signal: Annotated[Positive | None, Mark.PLACEMENT] = 5
     """Epochs in a row in which all images of every group earn the same before the run stops; null = it goes on."""
     max_skipped_epochs: Annotated[Positive, Mark.PLACEMENT] = 3

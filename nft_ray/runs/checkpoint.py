@@ -1,15 +1,15 @@
-"""The folder of one run: checkpoints that are whole or absent, what belongs to it, and what may go on in it.
+"""One checkpoint: a FINISHED epoch, whole or absent, and known to be what was written.
 
-    RUNS/NAME/config.yaml                   the resolved experiment, the newest
-    RUNS/NAME/configs/epoch-000010.yaml     the one with which the run went on after 10 finished epochs; 0: it began
-    RUNS/NAME/checkpoints/epoch-000010/     policy, ema, optimizer, old-NNNNNN, ema-NNNNNN (safetensors), state.json
+    epoch-000010/    policy, ema, optimizer, old-NNNNNN, ema-NNNNNN (safetensors)
+                     state.json: the facts, the sha256 of every file, whose run it is, and its own sha256
 
-A checkpoint is a FINISHED epoch. It is written beside its place, flushed to the disk and renamed into it, and only
-then are older ones removed: whatever fails, the last whole one is there. There is no random state to keep: every
-prompt, seed and permutation is a function of (run seed, epoch), and state.json says which.
+It is written beside its place, flushed to the disk and renamed into it; state.json is the last file, so a directory
+whose sums are right is whole, wherever it lies. There is no random state to keep: every prompt, seed and permutation is
+a function of (run seed, epoch), and state.json says which.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,180 +25,176 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nft_ray.config import ExperimentConfig, changes, differences, dump, mark_of, parse, resolved
-from nft_ray.types import AdapterWeights, LearnerState, Mark
+from nft_ray.types import AdapterWeights, LearnerState, Weights
 
 PACKAGES = ("nft_ray", "torch", "diffusers", "peft", "transformers", "ray", "mlflow", "numpy")
-SHOWN = 8
-"""Keys that an error or a warning names, at most."""
-PARTIAL = ".partial"
+PARTIAL, REPLACED, DAMAGED, BEYOND = ".partial", ".replaced", ".damaged", ".beyond"
+"""Suffixes of what is no checkpoint: while it is written, while it is replaced, put aside."""
+STATE = "state.json"
+SUMMING = 4
+"""Threads that read a checkpoint's files and sum them up."""
 GIT_S = 10.0
 _log = logging.getLogger(__name__)
 
 
+class DamagedError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, and what is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What `RunFolder.latest` found: `epoch` epochs are finished."""
+    """What was read: `epoch` epochs are finished."""
 
     epoch: int
     state: LearnerState
     path: Path
 
 
-class RunFolder:
-    """The folder of one run. Nothing is written before `claim`."""
-
-    def __init__(self, path: Path, keep: int = 2, results: Path | None = None) -> None:
-        """`results`: where evaluations go, `path` unless a stage has a folder of its own for them."""
-        self.path = path
-        self.keep = keep
-        self.results = results or path
-
-    def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
-        """Make the folder this experiment's, or go on in it: what differs says by its marks whether it can.
-
-        Other settings of placement are nothing, of rounding one warning, any else a ValueError that lists the keys.
-        ValueError, too, for fewer epochs than are finished.
-        """
-        target, history = self.path / "config.yaml", self.path / "configs"
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        before = _completed(yaml.safe_load(target.read_text())) if target.exists() else None
-        if before is not None:
-            self._check(before, config)
-        done = self._finished_epochs()
-        if done > config.run.num_epochs:
-            raise ValueError(
-                f"run.num_epochs = {config.run.num_epochs}: {done} epochs are finished in {self.path}; use at least "
-                f"{done}, or replace that run with --overwrite"
-            )
-        history.mkdir(parents=True, exist_ok=True)
-        if before is not None and not any(history.iterdir()):  # the run began before there was a history
-            shutil.copyfile(target, _in_history(history, 0))
-        if before != resolved(config):
-            write_atomically(_in_history(history, done), dump(config))
-        write_atomically(target, dump(config))
-
-    def _finished_epochs(self) -> int:
-        """Of the newest checkpoint."""
-        done = whole_checkpoints(self.path / "checkpoints")
-        return _epoch_of(done[-1]) if done else 0
-
-    def _check(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
-        after = resolved(config)
-        changed = {key: mark_of(config, key) for key in differences(before, after)}
-        if others := [key for key, mark in changed.items() if mark is Mark.RESULT]:
-            raise ValueError(
-                f"run {config.run.name} exists in {self.path} with another config (differs in: "
-                f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
-                "replace that run with --overwrite"
-            )
-        if rounded := [key for key, mark in changed.items() if mark is Mark.ROUNDING]:
-            what = changes(before, after, rounded, most=SHOWN)
-            _log.warning("run %s goes on with other last bits: %s", config.run.name, what)
-
-    def save(self, epoch: int, state: LearnerState) -> Path:
-        """Write the checkpoint of `epoch` finished epochs. OSError with one line where the disk is full."""
-        target = self.path / "checkpoints" / f"epoch-{epoch:06d}"
-        partial = target.with_name(target.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            for name, tensors in _tensors(state).items():
-                save_file(tensors, partial / f"{name}.safetensors")
-            (partial / "state.json").write_text(json.dumps(self._facts(epoch, state), indent=1))
-            for file in [*partial.iterdir(), partial]:
-                _flush(file)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-            _flush(target.parent)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _save_error(target, error) from error
-        for old in whole_checkpoints(target.parent)[: -self.keep]:
-            shutil.rmtree(old)
-        return target
-
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None."""
-        whole = whole_checkpoints(self.path / "checkpoints")
-        if not whole:
-            return None
-        path = whole[-1]
-        facts = json.loads((path / "state.json").read_text())
-        optimizer = load_file(path / "optimizer.safetensors")
-        state = LearnerState(
-            version=facts["version"],
-            optimizer_step=facts["optimizer_step"],
-            policy=load_file(path / "policy.safetensors"),
-            ema=load_file(path / "ema.safetensors"),
-            versions={
-                number: AdapterWeights(
-                    old=load_file(path / f"old-{number:06d}.safetensors"),
-                    ema=load_file(path / f"ema-{number:06d}.safetensors"),
-                )
-                for number in facts["versions"]
-            },
-            optimizer=optimizer,
-        )
-        return Checkpoint(epoch=facts["epoch"], state=state, path=path)
-
-    def _facts(self, epoch: int, state: LearnerState) -> dict[str, Any]:
-        config, run_id = self.path / "config.yaml", self.path / "mlflow_run_id.txt"
-        return {
-            "epoch": epoch,
-            "version": state.version,
-            "optimizer_step": state.optimizer_step,
-            "versions": sorted(state.versions),
-            "random_state": "none: every seed is a function of (run.seed, epoch, prompt line, image)",
-            "tracker_run_id": run_id.read_text().strip() if run_id.exists() else None,
-            "packages": package_versions(),
-            "config": yaml.safe_load(config.read_text()) if config.exists() else None,
-        }
+def name_of(epoch: int) -> str:
+    return f"epoch-{epoch:06d}"
 
 
-def _in_history(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:06d}.yaml"
-
-
-def _epoch_of(checkpoint: Path) -> int:
+def epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("epoch-"))
 
 
-def _completed(before: dict[str, Any]) -> dict[str, Any]:
-    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
-    try:
-        return resolved(parse(before))
-    except ValueError:  # of a field that is gone, say: what differs is listed
-        return before
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """RUN/checkpoints/epoch-000010, ...: those that took their place, oldest first; damaged by now, perhaps."""
+    return sorted(path for path in folder.glob("epoch-*") if not path.suffix and path.name[6:].isdecimal())
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """RUN/checkpoints/epoch-000010, ...: those that are complete, oldest first."""
-    found = folder.glob("epoch-*")
-    return sorted(path for path in found if path.suffix != PARTIAL and (path / "state.json").is_file())
+    """Those that have a state.json, oldest first; whether they are still what was written says `facts_of`."""
+    return [path for path in checkpoint_folders(folder) if (path / STATE).is_file()]
 
 
-def run_root(config: ExperimentConfig, environment: Mapping[str, str]) -> Path:
-    """The absolute folder of all runs: NFT_RAY_RUNS, else `run.root`.
+def newest_whole(folder: Path) -> Path | None:
+    """The newest that is what was written; a line in the log about each that is not. None where there is none."""
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            facts_of(path)
+        except DamagedError as error:
+            _log.warning("checkpoint %s is damaged and not used: %s", path, error)
+        else:
+            return path
+    return None
 
-    Inside a submitted job the working directory is a copy that Ray deletes with the session, so a relative root is
-    taken from the home folder there.
+
+def write_checkpoint(target: Path, state: LearnerState, facts: Mapping[str, Any]) -> None:
+    """Write TARGET, or leave what is there as it was. OSError with one line where the disk is full."""
+    partial, replaced = (target.with_name(target.name + suffix) for suffix in (PARTIAL, REPLACED))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, tensors in _tensors(state).items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        files = {file.name: _sum(file) for file in sorted(partial.iterdir())}
+        (partial / STATE).write_text(
+            _sealed({**facts, **_counts(state), "packages": package_versions(), "files": files})
+        )
+        for file in [*partial.iterdir(), partial]:
+            _flush(file)
+        if target.exists():  # of an epoch that was trained again
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        partial.rename(target)
+        _flush(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise _save_error(target, error) from error
+
+
+def read_checkpoint(path: Path, facts: Mapping[str, Any]) -> Checkpoint:
+    """What lies there, by what `facts_of` says of it; DamagedError otherwise."""
+    if "files" not in facts:
+        _log.warning("checkpoint %s has no sums of its files: it was written before there were any", path)
+    try:
+        state = LearnerState(
+            version=facts["version"],
+            optimizer_step=facts["optimizer_step"],
+            loss_scale=facts.get("loss_scale"),
+            policy=_load(path, "policy"),
+            ema=_load(path, "ema"),
+            versions={
+                number: AdapterWeights(old=_load(path, f"old-{number:06d}"), ema=_load(path, f"ema-{number:06d}"))
+                for number in facts["versions"]
+            },
+            optimizer=_load(path, "optimizer"),
+        )
+        return Checkpoint(epoch=facts["epoch"], state=state, path=path)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(f"{STATE}: lacks what a checkpoint says ({_one_line(error)})") from None
+
+
+def read_ema(path: Path) -> Weights:
+    """The EMA policy of a checkpoint, once every sum is right; ValueError with one line otherwise."""
+    try:
+        facts_of(path)
+        return _load(path, "ema")
+    except DamagedError as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from None
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What state.json says, once its own sum and those of all files are right; DamagedError otherwise.
+
+    One from before there were sums is taken as it is, if its files are there.
     """
-    root = Path(environment.get("NFT_RAY_RUNS") or config.run.root).expanduser()
-    if not root.is_absolute() and in_submitted_job(environment):
-        return Path.home() / "nft_ray" / root
-    return root.absolute()
+    try:
+        facts = json.loads((path / STATE).read_text(encoding="utf-8"))
+        numbers, files, seal = facts["versions"], facts.get("files"), facts.get("sha256")
+    except FileNotFoundError:
+        raise DamagedError(f"{STATE}: is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{STATE}: {_one_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{STATE}: cannot be read; it was cut off or changed") from None
+    if files is None and seal is None and "run" not in facts:
+        names = [
+            "policy",
+            "ema",
+            "optimizer",
+            *(f"{kind}-{number:06d}" for number in numbers for kind in ("old", "ema")),
+        ]
+        files = {f"{name}.safetensors": None for name in names}
+    elif files is None or seal != _seal(facts):
+        raise DamagedError(f"{STATE}: its sum is another than it says; it was changed")
+    for name in files:
+        if not (path / name).is_file():
+            raise DamagedError(f"{name}: is missing")
+    summed = [name for name, expected in files.items() if expected is not None]
+    with ThreadPoolExecutor(SUMMING) as threads:  # while a run starts there is nothing else to do
+        found = dict(zip(summed, threads.map(_sum, [path / name for name in summed]), strict=True))
+    for name in summed:
+        size, expected = found[name]["bytes"], files[name]
+        if size != expected["bytes"]:
+            raise DamagedError(f"{name}: has {size} bytes, {expected['bytes']} were written")
+        if found[name] != expected:
+            raise DamagedError(f"{name}: holds other bytes than were written (sha256)")
+    return dict(facts)
 
 
-def in_submitted_job(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the entrypoint of `ray job submit` (Ray names its supervisor in the environment)."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+def promote_partial(folder: Path) -> None:
+    """Put what a kill left beside its place into it: the new one where it is whole, else the one it was to replace."""
+    for suffix in (PARTIAL, REPLACED):
+        for left in sorted(folder.glob(f"epoch-*{suffix}")):
+            target = left.with_suffix("")
+            if target.exists():
+                continue
+            try:
+                facts_of(left)
+            except DamagedError:
+                continue
+            left.rename(target)
+            _log.warning("checkpoint %s: its save was killed when all was written; it is whole", target)
 
 
 def package_versions() -> dict[str, str]:
@@ -231,6 +228,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file by another text, or leave it as it was."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text)
+    _flush(partial)  # else a machine that loses its power keeps the name, and no text
     partial.replace(path)
 
 
@@ -256,3 +254,39 @@ def _save_error(target: Path, error: Exception) -> OSError:
     full = full or "No space left" in str(error) or "File too large" in str(error)
     what = "the disk is full" if full else " ".join(str(error).split())
     return OSError(f"checkpoint {target} could not be written: {what}; earlier checkpoints are intact")
+
+
+def _counts(state: LearnerState) -> dict[str, Any]:
+    return {
+        "version": state.version,
+        "optimizer_step": state.optimizer_step,
+        "loss_scale": state.loss_scale,
+        "versions": sorted(state.versions),
+    }
+
+
+def _load(path: Path, name: str) -> Weights:
+    try:
+        return dict(load_file(path / f"{name}.safetensors"))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise DamagedError(f"{name}.safetensors: {_one_line(error)}") from None
+
+
+def _sum(file: Path) -> dict[str, Any]:
+    with file.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+        return {"sha256": digest, "bytes": os.fstat(data.fileno()).st_size}
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+    """Of all that state.json says but this."""
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(facts: Mapping[str, Any]) -> str:
+    return json.dumps({**facts, "sha256": _seal(facts)}, indent=1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

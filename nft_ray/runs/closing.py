@@ -11,9 +11,10 @@ from pathlib import Path
 from nft_ray.config import ExperimentConfig
 from nft_ray.prompts.draw import PromptSet, shared_tags
 from nft_ray.runs import report
-from nft_ray.runs.checkpoint import RunFolder, write_atomically
+from nft_ray.runs.checkpoint import write_atomically
 from nft_ray.runs.evaluations import load_evaluation
 from nft_ray.runs.export import export_policy
+from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.stages import Stage
 from nft_ray.runs.tracking import METRICS, read_metrics
 
@@ -58,8 +59,14 @@ def close(
     for stage, (train, test) in stages:
         results = stage.results(folder.path)
         epoch = latest.epoch if stage is stages[-1][0] else stage.last_epoch
-        base, trained = load_evaluation(results, 0), load_evaluation(results, epoch)
         heading = f"stage {stage.name}, after {epoch} epochs\n" if stage.name else ""
+        try:
+            base, trained = load_evaluation(results, 0), load_evaluation(results, epoch)
+        except ValueError as lost:
+            if stage is stages[-1][0]:
+                raise
+            tables.append(f"{heading}{lost}")  # its policy is gone: nothing can evaluate it again
+            continue
         tags = shared_tags(train, test)
         tables.append(heading + report.table(base.metrics, trained.metrics, trained.counts, shared_tags=tags))
         figures[stage.name] = (base, trained)

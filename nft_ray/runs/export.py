@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 
 from nft_ray.config import ExperimentConfig, ModelConfig, dump, load
 from nft_ray.models.base import family, load_model
@@ -24,7 +23,7 @@ from nft_ray.models.parts import prepare
 from nft_ray.prompts.draw import load_prompts, shared_tags
 from nft_ray.runs import report
 from nft_ray.runs.card import model_card, shareable
-from nft_ray.runs.checkpoint import whole_checkpoints, write_atomically
+from nft_ray.runs.checkpoint import newest_whole, read_ema, whole_checkpoints, write_atomically
 from nft_ray.runs.evaluations import evaluated_epochs, load_evaluation
 from nft_ray.runs.stages import stage_at
 from nft_ray.runs.tracking import read_metrics
@@ -51,12 +50,13 @@ def export_run(
     config = load(run / "config.yaml")
     full = config.model.tuning == "full"
     checkpoint = _checkpoint(run, epoch)
+    weights = read_ema(checkpoint)
     state = json.loads((checkpoint / "state.json").read_text())
     target = output or run / f"export-{checkpoint.name}"
     if (target / TRANSFORMER).exists() and not (merge or full):
         raise ValueError(f"--output {target}: holds a merged transformer; add --merge, or choose another folder")
     target.mkdir(parents=True, exist_ok=True)
-    weights, merged_dtype = load_file(checkpoint / "ema.safetensors"), None
+    merged_dtype = None
     if full:  # all of it is trained: there is nothing to merge
         export_transformer(weights, config.model, target / TRANSFORMER)
     else:
@@ -84,6 +84,8 @@ def held_out_figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
     evaluated = max((found for found in evaluated_epochs(folder) if found <= epoch), default=0)
     if evaluated == 0:
         return "not evaluated since training began"
+    if 0 not in evaluated_epochs(folder):
+        return f"after {evaluated} epochs; the base model's figures are lost: the training command works them out again"
     try:
         tags = shared_tags(load_prompts(prompts.train), load_prompts(prompts.test))
         note = ""
@@ -139,7 +141,10 @@ def _checkpoint(run: Path, epoch: int | None) -> Path:
     if not whole:
         raise ValueError(f"export {run}: holds no checkpoint yet")
     if epoch is None:
-        return whole[-1]
+        newest = newest_whole(run / "checkpoints")
+        if newest is None:
+            raise ValueError(f"export {run}: every checkpoint there is damaged")
+        return newest
     found = {int(path.name.removeprefix("epoch-")): path for path in whole}
     if epoch not in found:
         raise ValueError(f"--checkpoint {epoch}: not in {run}; there are: {', '.join(map(str, found))}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nft_ray.models.lora_files import DIFFUSERS, PEFT_CONFIG, refuse_published, run_checkpoints
-from nft_ray.runs.checkpoint import whole_checkpoints
+from nft_ray.runs.checkpoint import newest_whole
 
 
 def find_source(name: str) -> str | Path:
@@ -19,7 +19,7 @@ def find_source(name: str) -> str | Path:
     folder = run_checkpoints(name)
     if folder is None:
         return name
-    whole = whole_checkpoints(folder)
-    if not whole:
+    whole = newest_whole(folder)
+    if whole is None:
         raise ValueError(f"LoRA {name}: no checkpoint is there yet")
-    return whole[-1]
+    return whole

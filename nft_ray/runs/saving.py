@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nft_ray.config import RunConfig
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from nft_ray.types import LearnerState
 
 

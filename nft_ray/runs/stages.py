@@ -32,13 +32,14 @@ class Stage:
         return run / "stages" / self.name if self.name else run
 
     def is_left(self, run: Path, epoch: int) -> bool:
-        """Is there something to train after `epoch` finished epochs, or its end to evaluate?
+        """Is there something to train after `epoch` finished epochs, or its base model or its end to evaluate?
 
-        A run that is told to end at a checkpoint which it has has no figures there, unless the epoch had its turn.
+        A run that is told to end at a checkpoint which it has has no figures there, unless the epoch had its turn; and
+        figures may be lost. Those of a stage that ended earlier cannot be had again: its policy is gone.
         """
-        return epoch < self.last_epoch or (
-            epoch == self.last_epoch and epoch not in evaluated_epochs(self.results(run))
-        )
+        if epoch != self.last_epoch:
+            return epoch < self.last_epoch
+        return not {0, epoch} <= set(evaluated_epochs(self.results(run)))
 
 
 def stages_of(config: ExperimentConfig) -> tuple[Stage, ...]:

@@ -118,9 +118,12 @@ class RunTracker(Tracker):
         for path in paths:
             self._mlflow.put(partial(_MlflowRun.log_artifact, path=path))
 
-    def close(self, *, failed: bool = False, timeout_s: float = CLOSE_S) -> None:
-        """End the run in MLflow, after at most `timeout_s` for what is still queued. More calls do nothing."""
-        self._mlflow.close("FAILED" if failed else "FINISHED", timeout_s)
+    def close(self, *, failed: bool = False, goes_on: bool = False, timeout_s: float = CLOSE_S) -> None:
+        """End the run in MLflow, after at most `timeout_s` for what is still queued. More calls do nothing.
+
+        `goes_on`: the machine is taken away and the run goes on elsewhere: it stays RUNNING.
+        """
+        self._mlflow.close("RUNNING" if goes_on else "FAILED" if failed else "FINISHED", timeout_s)
 
     def _add(self, epoch: int, metrics: Mapping[str, float]) -> None:
         values = {**metrics, **self._waiting.pop(epoch, {})}
@@ -272,7 +275,8 @@ class _MlflowRun:
         self._client.log_artifact(self.run_id, str(path))
 
     def end(self, status: str) -> None:
-        self._client.set_terminated(self.run_id, status=status)
+        if status != "RUNNING":
+            self._client.set_terminated(self.run_id, status=status)
 
     def _found(self, client: Any) -> Any:
         from mlflow.exceptions import MlflowException

@@ -8,7 +8,7 @@ from actors.footprint import Footprint, Stores, disk_warnings, footprint, memory
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.prompts.draw import epoch_requests, load_prompts
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from tests.examples import example_config
 from tests.fakes import fake_config
 

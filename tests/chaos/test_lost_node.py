@@ -20,7 +20,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import Roles, Samplers
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import Rewards, Rollout, RolloutRequest
 from tests.fakes import FakeLearnerCore, FakeReward, FakeSamplerCore, fake_config

@@ -1,6 +1,7 @@
 """A run that was stopped goes on with other settings, as far as their marks allow."""
 
 import asyncio
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -76,14 +77,7 @@ def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
         patch.setattr(LocalSamplers, "rollout", stopped)
         assert train("run.num_epochs=4", "evaluation.every=10") != 0
     assert evaluated_epochs(run) == [0]
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     capsys.readouterr()
-
-    assert train("run.num_epochs=1", "evaluation.every=10") == 1
-    error = capsys.readouterr().err
-    assert "run.num_epochs = 1: 2 epochs are finished in" in error
-    assert "use at least 2" in error
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
     checkpoint = whole_checkpoints(run / "checkpoints")[-1]
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
@@ -95,3 +89,48 @@ def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
     assert {name.split("/")[0] for name in last} >= {"eval", "rollout", "reward", "nft", "time"}
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_told_to_end_at_an_earlier_checkpoint_it_evaluates_there_and_reports(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "quickstart"
+    assert train("run.num_epochs=3", "evaluation.every=10") == 0
+    capsys.readouterr()
+
+    assert train("run.num_epochs=1", "evaluation.every=10") == 1
+    error = capsys.readouterr().err
+    assert "run.num_epochs = 1: 3 epochs are finished in" in error
+    assert "use at least 3, or one that is kept (2)" in error
+
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    assert evaluated_epochs(run) == [0, 2, 3]
+    assert [line["epoch"] for line in tracking.read_metrics(run)] == [0, 1, 2]
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+    assert "epoch-000003 is put aside as epoch-000003.beyond" in caplog.text
+    capsys.readouterr()
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epoch", "ending", "how"),
+    [(2, "json", "lost"), (2, "npz", "lost"), (2, "npz", "changed"), (0, "json", "changed"), (0, "npz", "lost")],
+)
+def test_an_evaluation_that_was_lost_is_made_again(
+    train: Train, tmp_path: Path, epoch: int, ending: str, how: str
+) -> None:
+    """`ray job stop` at the end, say: the checkpoint is there, the report is not, and figures are missing."""
+    run = tmp_path / "quickstart"
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    file = run / "evaluations" / f"epoch-{epoch:06d}.{ending}"
+    table, before = (run / "table.txt").read_text(), file.read_bytes()
+    (run / "table.txt").unlink()
+    if how == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(before[: len(before) // 2] + bytes(16) + before[len(before) // 2 + 16 :])
+    assert train("run.num_epochs=2", "evaluation.every=10") == 0
+    assert (run / "table.txt").read_text() == table
+    assert evaluated_epochs(run) == [0, 2]

@@ -1,5 +1,6 @@
 """`ray job submit` against a head of our own, with and without a token: how it ends, and that nothing stays behind."""
 
+import getpass
 import json
 import os
 import secrets
@@ -93,7 +94,7 @@ def test_a_job_succeeds_and_its_run_can_be_found(head: dict[str, str]) -> None:
     done = submit(head, "good")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert status(head, "good") == "SUCCEEDED"
-    folder = Path(head["HOME"]) / "nft_ray" / "runs" / "good"
+    folder = Path(head["HOME"]) / "nft_ray" / getpass.getuser() / "runs" / "good"
     assert f"this run is kept in {folder}" in done.stdout
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert json.loads((folder / "summary.json").read_text())["epochs"] == 2

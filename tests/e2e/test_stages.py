@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nft_ray.prompts.sets import PACKAGED
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from tests.command_line import NO_MLFLOW, killed_after, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from nft_ray.types import AdapterWeights, LearnerState, Weights
 
 

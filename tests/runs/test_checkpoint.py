@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from nft_ray.config import resolved
 from nft_ray.runs import checkpoint as module
-from nft_ray.runs.checkpoint import RunFolder, write_atomically
+from nft_ray.runs.checkpoint import write_atomically
+from nft_ray.runs.folder import RunFolder
 from nft_ray.types import AdapterWeights, LearnerState
 from tests.examples import example_config
 from tests.runs.states import learner_state, names

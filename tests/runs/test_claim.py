@@ -1,5 +1,7 @@
 """A run folder belongs to one experiment: what goes on in it, what is refused, and where it lies."""
 
+import getpass
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ import pytest
 import yaml
 
 from nft_ray.config import ExperimentConfig, parse, resolved
-from nft_ray.runs.checkpoint import RunFolder, in_submitted_job, run_root
+from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.root import in_submitted_job, run_root
 from tests.examples import example_config
 from tests.runs.states import learner_state, names
 
@@ -40,6 +43,7 @@ class TestClaim:
         before = resolved(config)
         del before["stages"], before["model"]["tuning"], before["algorithm"]["kl_fraction"]
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        folder.save(6, learner_state())
         with pytest.raises(ValueError, match=r"differs in: algorithm\.kl_fraction = 1\.0 there, 0\.5 here\)"):
             folder.claim(long_config("algorithm.kl_fraction=0.5"))
         folder.claim(config)
@@ -97,6 +101,7 @@ class TestClaim:
 
         folder = RunFolder(tmp_path)
         folder.claim(staged({}))
+        folder.save(1, learner_state())
         folder.claim(staged({"learner": {"micro_batch_size": 8}, "rewards": {"geneval": {"num_replicas": 2}}}))
         assert not caplog.records
         with pytest.raises(ValueError, match=r"differs in: stages.0.algorithm.beta = None there, 0.3 here\)"):
@@ -152,6 +157,7 @@ class TestClaim:
 
     def test_many_keys_are_cut_off(self, tmp_path: Path) -> None:
         RunFolder(tmp_path).claim(long_config())
+        RunFolder(tmp_path).save(6, learner_state())
         learner = [f"learner.{key}" for key in ("learning_rate=9", "weight_decay=9", "max_grad_norm=9")]
         others = [f"algorithm.{key}" for key in ("beta=9", "kl_weight=9", "advantage_clip=9", "ema_decay=0.1")]
         with pytest.raises(ValueError, match=r"differs in: algorithm\..*prompts\.groups_per_epoch = .*; \.\.\.\)"):
@@ -195,8 +201,15 @@ class TestRunRoot:
         assert run_root(self.config, {}) == tmp_path / "work" / "some" / "runs"
 
     def test_within_a_job_it_is_taken_from_the_home_folder(self, home: Path) -> None:
-        assert run_root(self.config, JOB) == home / "nft_ray" / "some" / "runs"
-        assert run_root(self.config, {**JOB, "NFT_RAY_RUNS": "mine"}) == home / "nft_ray" / "mine"
+        """Of the user that the job is for: all jobs of a cluster run as one, and everybody's runs have one name."""
+        ada = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"user": "ada", "job_submission_id": "raysubmit_1"}}'}
+        assert run_root(self.config, JOB) == home / "nft_ray" / getpass.getuser() / "some" / "runs"
+        assert run_root(self.config, ada) == home / "nft_ray" / "ada" / "some" / "runs"
+        assert run_root(self.config, {**ada, "NFT_RAY_RUNS": "mine"}) == home / "nft_ray" / "ada" / "mine"
+        for name in ("../eve", "", "a/b"):
+            eve = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"user": name}})}
+            with pytest.raises(ValueError, match=r"^--metadata-json: user = .* is no folder's name"):
+                run_root(self.config, eve)
 
     @pytest.mark.parametrize("environment", [{}, JOB])
     def test_an_absolute_root_stays(self, tmp_path: Path, environment: dict[str, str]) -> None:

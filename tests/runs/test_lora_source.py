@@ -1,17 +1,21 @@
 """What `--lora` may name: a run stands for its newest checkpoint; other names are left to who reads LoRAs."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.lora_source import find_source
+from tests.runs.states import learner_state
 
 
 def checkpoint(run: Path, epoch: int, whole: bool = True) -> Path:
-    folder = run / "checkpoints" / f"epoch-{epoch:06d}"
-    folder.mkdir(parents=True)
-    if whole:
-        (folder / "state.json").write_text("{}")
+    folder = RunFolder(run, keep=9).save(epoch, learner_state())
+    if not whole:
+        with (folder / "ema.safetensors").open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\0\1\2\3")
     return folder
 
 

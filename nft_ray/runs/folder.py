@@ -1,0 +1,380 @@
+"""The folder of one run: whose it is, who is at work in it, and which of its checkpoints stay.
+
+    RUNS/.NAME.lock                         who is at work in it now (lock.py)
+    RUNS/NAME/identity                      this run, and no other of its name; in every checkpoint, too
+    RUNS/NAME/config.yaml                   the resolved experiment, the newest
+    RUNS/NAME/configs/epoch-000010.yaml     the one with which the run went on after 10 finished epochs; 0: it began
+    RUNS/NAME/checkpoints/epoch-000010/     checkpoint.py; also at run.checkpoint_url, where that is set (remote.py)
+
+    check (reads only) ──► with locked() ──► check, connect, ... ──► claim (the first write) ──► save, save, ...
+
+After each save the older ones go, but for the newest few and the best that was evaluated: whatever fails, the last
+whole one is there.
+"""
+
+import copy
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nft_ray.config import ExperimentConfig, changes, differences, dump, mark_of, parse, resolved
+from nft_ray.runs.checkpoint import (
+    BEYOND,
+    DAMAGED,
+    Checkpoint,
+    DamagedError,
+    checkpoint_folders,
+    epoch_of,
+    facts_of,
+    name_of,
+    promote_partial,
+    read_checkpoint,
+    write_atomically,
+    write_checkpoint,
+)
+from nft_ray.runs.evaluations import figures
+from nft_ray.runs.lock import RunLock
+from nft_ray.runs.remote import IDENTITY, Remote
+from nft_ray.types import LearnerState, Mark
+
+SHOWN = 8
+"""Keys that an error or a warning names, at most."""
+CONFIG = "config.yaml"
+_log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """The folder of one run. Nothing is written before `claim`."""
+
+    def __init__(
+        self,
+        path: Path,
+        keep: int = 2,
+        results: Path | None = None,
+        *,
+        metric: str | None = None,
+        url: str | None = None,
+    ) -> None:
+        """`results`: where evaluations go, `path` unless a stage has a folder of its own for them. `metric`: of these
+        evaluations, the one whose highest value names the best checkpoint. `url`: where checkpoints go as well.
+        """
+        self.path = path
+        self.keep = keep
+        self.results = results or path
+        self.metric = metric
+        self.remote = Remote(url, path.name) if url else None
+        self.lock = RunLock(path)
+        self._made = False
+        self._last: int | None = None
+        self._config: dict[str, Any] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def identity(self) -> str:
+        """Of this run: 32 hexadecimal digits from its first claim on, empty before. Another of its name has another."""
+        return _text(self.path / IDENTITY)
+
+    def for_stage(self, results: Path, metric: str) -> "RunFolder":
+        """The same folder, for a part of the run with evaluations of its own."""
+        of_stage = copy.copy(self)
+        of_stage.results, of_stage.metric = results, metric
+        return of_stage
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out. ValueError, one line, where one is at work here."""
+        with self.lock:
+            yield
+
+    def check(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
+        """ValueError where this experiment cannot begin or go on here; writes nothing.
+
+        What differs says by its marks whether it can: other settings of placement are nothing, of rounding one
+        warning, any else is refused with the keys. Refused, too, is an epoch to end at that is finished and not kept.
+        """
+        self._last = config.run.num_epochs
+        there = self.remote.identity() if self.remote else None
+        if overwrite:
+            return self._check_overwritten()
+        if self.remote and there and self.identity and there != self.identity:
+            raise ValueError(
+                f"run.checkpoint_url: {self.remote.url} holds the checkpoints of another run of this name; choose "
+                "another URL or name, or begin anew with --overwrite, which moves both aside"
+            )
+        before = self._before()
+        if before is not None and not self._is_blank():
+            self._check_same(before, config)
+        done, last = self._finished_epochs(), config.run.num_epochs
+        if done and last < done[-1] and last not in done:
+            raise ValueError(
+                f"run.num_epochs = {last}: {done[-1]} epochs are finished in {self.path}; use at least {done[-1]}"
+                + (f", or one that is kept ({', '.join(map(str, done[:-1]))})" if done[:-1] else "")
+                + ", or replace that run with --overwrite"
+            )
+
+    def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
+        """Make the folder this experiment's, or go on in it, as `check` allows."""
+        self.check(config, overwrite=overwrite)
+        before = self._before()
+        if overwrite:
+            self._move_aside("--overwrite")
+        elif before is not None and self._is_blank() and self._differs(before, config):
+            self._move_aside("no epoch was finished with its settings, which were others")
+        self._made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.remote:
+            self.remote.bring(self.path)
+        if not self.identity:
+            write_atomically(self.path / IDENTITY, f"{uuid.uuid4().hex}\n")
+        self._config = resolved(config)
+        self._mend()
+        self._write_config(config)
+        if self.remote:
+            self.remote.own(self.path)
+
+    def abandon(self) -> bool:
+        """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?"""
+        worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
+        if not self._made or worked or not self._is_blank():
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
+
+    def save(self, epoch: int, state: LearnerState) -> Path:
+        """Write the checkpoint of `epoch` finished epochs; at the URL it is soon after.
+
+        OSError with one line where the disk is full, RuntimeError where another process has taken the run over.
+        """
+        self.lock.check()
+        target = self.checkpoints / name_of(epoch)
+        write_checkpoint(target, state, self._facts(epoch))
+        self._rotate()
+        if self.remote:
+            self.remote.put(self.path, target, self._best)
+        return target
+
+    def latest(self, before: int | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint, of at most `before` epochs, or None; a line in the log about each damaged one.
+
+        ValueError where there are some, and none is whole. Those beyond `run.num_epochs` are not looked at.
+        """
+        limits = [limit for limit in (before, self._last) if limit is not None]
+        damaged: list[str] = []
+        for path in reversed(checkpoint_folders(self.checkpoints)):
+            if limits and epoch_of(path) > min(limits):
+                continue
+            try:
+                found = read_checkpoint(path, self._facts_of_ours(path))
+            except DamagedError as error:
+                damaged.append(f"{path}: {error}")
+                continue
+            for line in damaged:
+                _log.warning("damaged checkpoint %s; epoch %d, which is whole, is used", line, found.epoch)
+            return found
+        if damaged:
+            raise ValueError(
+                f"no whole checkpoint is left of run {self.path.name}: {'; '.join(damaged)}; put a whole one there, "
+                "or begin anew with --overwrite, which keeps what is there"
+            )
+        return None
+
+    def finished(self) -> int:
+        """Epochs of the newest whole checkpoint here, as `latest` finds it; 0 where there is none."""
+        for path in reversed(checkpoint_folders(self.checkpoints)):
+            try:
+                self._facts_of_ours(path)
+            except DamagedError:
+                continue
+            if self._last is None or epoch_of(path) <= self._last:
+                return epoch_of(path)
+        return 0
+
+    def send_all(self, timeout_s: float, say: Callable[[str], None]) -> None:
+        """Wait until the URL has what is here; one line where it has not, after so many seconds."""
+        if self.remote and self.path.exists() and not self.remote.finish(self.path, timeout_s, say):
+            there = self.remote.newest_sent
+            what = f"epoch {there}" if there else "no checkpoint"
+            _log.warning("%s was not reached within %.0f s: it has %s of this run", self.remote.url, timeout_s, what)
+
+    def kept(self) -> tuple[int, Path] | None:
+        """(epoch, path) of the newest checkpoint, as it was written: nothing is read."""
+        there = checkpoint_folders(self.checkpoints)
+        return (epoch_of(there[-1]), there[-1]) if there else None
+
+    def _finished_epochs(self) -> list[int]:
+        """Of the checkpoints here and at the URL."""
+        here = {epoch_of(path) for path in checkpoint_folders(self.checkpoints) if (path / "state.json").is_file()}
+        return sorted(here.union(self.remote.epochs() if self.remote else ()))
+
+    def _is_blank(self) -> bool:
+        """No epoch was finished in it: there is nothing that other settings could spoil."""
+        left = [path for path in self.checkpoints.glob("epoch-*") if path.is_dir()]
+        return not left and not (self.remote and self.remote.epochs())
+
+    def _before(self) -> dict[str, Any] | None:
+        """The experiment that is here, or at the URL. ValueError, one line, where it cannot be read."""
+        if not (self.path / CONFIG).exists():
+            text = self.remote.config_text() if self.remote else None
+            there = _mapping(text) if text else None
+            return _completed(there) if there else None
+        for path in [self.path / CONFIG, *sorted((self.path / "configs").glob("*.yaml"), reverse=True)]:
+            if found := _mapping(_text(path)):
+                if path.name != CONFIG:
+                    _log.warning("%s cannot be read: %s is taken for it", self.path / CONFIG, path)
+                return _completed(found)
+        raise ValueError(
+            f"{self.path / CONFIG}: holds no experiment (it is empty or was cut off); put it back, or begin anew with "
+            "--overwrite, which keeps what is there"
+        )
+
+    def _check_same(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
+        after = resolved(config)
+        if others := self._differs(before, config):
+            raise ValueError(
+                f"run {config.run.name} exists in {self.path} with another config (differs in: "
+                f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
+                "replace that run with --overwrite"
+            )
+
+    @staticmethod
+    def _differs(before: Mapping[str, Any], config: ExperimentConfig, mark: Mark = Mark.RESULT) -> list[str]:
+        return [key for key in differences(before, resolved(config)) if mark_of(config, key) is mark]
+
+    def _check_overwritten(self) -> None:
+        """Only what is the folder of a run is replaced."""
+        if not self.path.exists():
+            return
+        inside = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else [self.path.name]
+        if inside and not {CONFIG, IDENTITY}.intersection(inside):
+            raise ValueError(
+                f"--overwrite: {self.path} is no run: it holds no {CONFIG} (but {', '.join(inside[:3])}"
+                f"{', ...' if inside[3:] else ''}); choose another name with --set run.name=..., or move it away"
+            )
+
+    def _move_aside(self, why: str) -> None:
+        """To NAME.old-TIME: nothing is deleted."""
+        suffix = time.strftime(".old-%Y%m%d-%H%M%S")
+        number = 1
+        while self.path.with_name(self.path.name + suffix).exists():
+            number += 1
+            suffix = f"{suffix.partition('+')[0]}+{number}"
+        if self.path.exists() and any(self.path.iterdir()):
+            self.path.rename(self.path.with_name(self.path.name + suffix))
+            _log.warning("the run in %s is kept as %s%s: %s", self.path, self.path.name, suffix, why)
+        if self.remote:
+            self.remote.move_aside(suffix)
+
+    def _mend(self) -> None:
+        """What kills left is put right; what is damaged, or beyond the end, is put aside: no rotation counts it."""
+        promote_partial(self.checkpoints)
+        for path in checkpoint_folders(self.checkpoints):
+            if self._last is not None and epoch_of(path) > self._last:
+                aside = path.with_name(f"{path.name}{BEYOND}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                _log.warning("run.num_epochs = %d: %s is put aside as %s", self._last, path, aside.name)
+                continue
+            try:
+                self._facts_of_ours(path)
+            except DamagedError as error:
+                aside = path.with_name(f"{path.name}{DAMAGED}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                _log.warning("checkpoint %s is damaged and put aside as %s: %s", path, aside.name, error)
+        if not checkpoint_folders(self.checkpoints) and (lost := list(self.checkpoints.glob(f"*{DAMAGED}"))):
+            raise ValueError(
+                f"no whole checkpoint is left of run {self.path.name}: {', '.join(path.name for path in lost)} are "
+                f"damaged in {self.checkpoints}; put a whole one there, or begin anew with --overwrite, which keeps "
+                "what is there"
+            )
+
+    def _facts_of_ours(self, path: Path) -> dict[str, Any]:
+        """What state.json says; DamagedError where the sums are wrong, or another run wrote it."""
+        facts = facts_of(path)
+        if facts.get("epoch") != epoch_of(path):
+            raise DamagedError(f"state.json: is of epoch {facts.get('epoch')}")
+        run, ours = facts.get("run"), self.identity
+        if run and ours and run != ours:
+            raise DamagedError(f"state.json: is of another run ({run}; this one is {ours})")
+        before, there = self._config, facts.get("config")
+        if not run and before is not None and there is not None:  # from before there were identities
+            config = parse(before)
+            if others := self._differs(_completed(there), config):
+                what = changes(_completed(there), before, others, most=SHOWN)
+                raise DamagedError(f"state.json: is of another experiment (differs in: {what})")
+        return facts
+
+    def _write_config(self, config: ExperimentConfig) -> None:
+        target, history = self.path / CONFIG, self.path / "configs"
+        before = self._before()
+        if before is not None and (rounded := self._differs(before, config, Mark.ROUNDING)):
+            what = changes(before, resolved(config), rounded, most=SHOWN)
+            _log.warning("run %s goes on with other last bits: %s", config.run.name, what)
+        history.mkdir(parents=True, exist_ok=True)
+        if before is not None and not any(history.iterdir()):  # the run began before there was a history
+            shutil.copyfile(target, history / f"{name_of(0)}.yaml")
+        if before != resolved(config):
+            done = self._finished_epochs()
+            write_atomically(history / f"{name_of(done[-1] if done else 0)}.yaml", dump(config))
+        write_atomically(target, dump(config))
+
+    def _rotate(self) -> None:
+        """The newest stay, the best that was evaluated, and what is just being sent."""
+        there = checkpoint_folders(self.checkpoints)
+        best = self._best([epoch_of(path) for path in there])
+        sending = self.remote.sending if self.remote else None
+        for path in there[: -self.keep]:
+            if epoch_of(path) != best and path != sending:
+                shutil.rmtree(path)
+
+    def _best(self, epochs: Collection[int]) -> int | None:
+        """Of these epochs the one with the highest held-out figure; the newest of equals; None without figures."""
+        if self.metric is None:
+            return None
+        found = {epoch: figures(self.results, epoch).get(self.metric) for epoch in epochs}
+        return max(((value, epoch) for epoch, value in found.items() if value is not None), default=(0.0, None))[1]
+
+    def _facts(self, epoch: int) -> dict[str, Any]:
+        if self._config is None and (self.path / CONFIG).exists():
+            self._config = yaml.safe_load(_text(self.path / CONFIG))
+        return {
+            "epoch": epoch,
+            "run": self.identity or None,
+            "random_state": "none: every seed is a function of (run.seed, epoch, prompt line, image)",
+            "tracker_run_id": _text(self.path / "mlflow_run_id.txt") or None,
+            "config": self._config,
+        }
+
+
+def _completed(before: dict[str, Any]) -> dict[str, Any]:
+    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
+    try:
+        return resolved(parse(before))
+    except ValueError:  # of a field that is gone, say: what differs is listed
+        return before
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """None for a text that is no mapping with a `run`."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("run"), dict) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

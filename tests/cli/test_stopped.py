@@ -1,0 +1,190 @@
+"""Real processes that are stopped, killed, or started twice: what they say, what they leave, and what goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nft_ray.runs.checkpoint import whole_checkpoints
+from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.tracking import RunTracker, read_metrics
+from tests.command_line import NO_MLFLOW, REPO, environment, killed_after, nft_ray_here, sets
+from tests.examples import QUICKSTART, SMALL, few_lines
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A run that takes some minutes, unless it is stopped or told to end earlier."""
+    few = few_lines(tmp_path, every=240)
+    settings = (*SMALL, "run.num_epochs=2000", "evaluation.every=2000", NO_MLFLOW, few, "evaluation.picture_lines=[0]")
+    return ["train", str(QUICKSTART), "--local", *sets(*settings)]
+
+
+@contextmanager
+def running(command: list[str], runs: Path, epochs: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """`nft-ray ...` in a process, once so many epochs are finished."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nft_ray", *command],
+        cwd=REPO, env=environment(runs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(line["epoch"] >= epochs for line in read_metrics(runs / "quickstart")):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"it did not get to epoch {epochs}: {process.communicate(timeout=5)}")
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files but what a running process adds to."""
+    return {str(file): file.read_bytes() for file in folder.rglob("*.yaml")}
+
+
+def test_sigterm_keeps_the_last_finished_epoch_and_says_so(command: list[str], tmp_path: Path) -> None:
+    """A checkpoint is not due for long: it is written because the machine is taken away."""
+    command = [*command, *sets("run.checkpoint_every=1000")]
+    with running(command, tmp_path, epochs=3) as process:
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - started < 25
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    run = tmp_path / "quickstart"
+    trained = read_metrics(run)[-1]["epoch"]
+    (kept,) = whole_checkpoints(run / "checkpoints")
+    assert kept.name == f"epoch-{trained:06d}"
+    assert out.splitlines()[-1] == f"preempted: epoch {trained} is kept in {kept}; run the same command to go on"
+    assert not (tmp_path / ".quickstart.lock").exists()
+    done = nft_ray_here(*command, *sets(f"run.num_epochs={trained}"), runs=tmp_path)
+    assert done.returncode == 0
+    assert f"going on after epoch {trained}" in done.stdout
+
+
+def test_ctrl_c_keeps_it_too_and_is_130(command: list[str], tmp_path: Path) -> None:
+    with running([*command, *sets("run.checkpoint_every=1000")], tmp_path, epochs=2) as process:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    trained = read_metrics(tmp_path / "quickstart")[-1]["epoch"]
+    assert err.splitlines()[-1].startswith(f"interrupted: epoch {trained} is kept in ")
+
+
+def test_a_second_start_of_a_live_run_is_refused_and_touches_nothing(command: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    with running(command, tmp_path, epochs=2) as process:
+        os.kill(process.pid, signal.SIGSTOP)  # so that nothing changes but by the second one
+        before = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        for more in ([], ["--overwrite"]):
+            done = nft_ray_here(*command, *more, runs=tmp_path)
+            assert done.returncode == 1
+            line = done.stderr.splitlines()[-1]
+            assert f"nft-ray: run quickstart is at work: {run} is held by process {process.pid} on " in line
+        assert {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+        os.kill(process.pid, signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    epochs = [line["epoch"] for line in read_metrics(run)]
+    assert epochs == list(range(len(epochs))), "every line once"
+
+
+def test_of_two_started_at_once_one_runs(command: list[str], tmp_path: Path) -> None:
+    command = [*command, *sets("run.num_epochs=3", "evaluation.every=3")]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "nft_ray", *command],
+            cwd=REPO, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in both]
+    finished = [process.returncode for process in both]
+    if sorted(finished) != [0, 1]:  # the second came when the first was done: it says so
+        assert finished == [0, 0]
+        assert any("is finished" in out for out, _ in said)
+    else:
+        assert "is at work" in said[finished.index(1)][1].splitlines()[-1]
+    assert [line["epoch"] for line in read_metrics(tmp_path / "quickstart")] == [0, 1, 2, 3]
+
+
+def test_a_killed_one_is_taken_over_at_once_with_one_line(command: list[str], tmp_path: Path) -> None:
+    command = [*command, *sets("run.num_epochs=3", "evaluation.every=3")]
+    killed_after(RunTracker, "log_epoch", 2, *command, runs=tmp_path)
+    lock = json.loads((tmp_path / ".quickstart.lock").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "nft_ray", *command],
+        cwd=REPO, env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "was held by" in line)
+    assert f"was held by process {lock['pid']} on" in line
+    assert "which is gone: this run takes it over" in line
+    assert [line["epoch"] for line in read_metrics(tmp_path / "quickstart")] == [0, 1, 2, 3]
+
+
+def test_killed_in_the_middle_of_a_save_it_goes_on_at_the_last_whole_one(command: list[str], tmp_path: Path) -> None:
+    """With one checkpoint kept, too: there is one at any moment."""
+    command = [
+        *command,
+        *sets("run.num_epochs=3", "evaluation.every=3", "run.keep_checkpoints=1", "run.checkpoint_every=1"),
+    ]
+    killed_after(Path, "rename", 2, *command, runs=tmp_path)  # the second epoch takes its place
+    folder = RunFolder(tmp_path / "quickstart")
+    found = folder.latest()
+    assert found is not None
+    assert found.epoch in (1, 2)
+    done = nft_ray_here(*command, runs=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["reward", "folder"])
+def test_a_start_that_fails_leaves_no_folder_and_no_claim(
+    command: list[str], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found when the workers start: the corrected command begins, as if nothing had been."""
+
+    def broken(_: object) -> None:
+        raise RuntimeError("the workers cannot start")
+
+    runs = tmp_path / "runs" if fault == "reward" else tmp_path
+    before = sorted(os.listdir(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("nft_ray.local.local_roles", broken)
+        done = nft_ray_here(*command, *sets("learner.learning_rate=0.3"), runs=runs)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "nft-ray: the workers cannot start")
+    assert sorted(os.listdir(tmp_path)) == before
+    done = nft_ray_here(*command, *sets("run.num_epochs=1", "evaluation.every=1"), runs=runs)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_machine_goes_on_from_the_copy(command: list[str], tmp_path: Path) -> None:
+    command = [*command, *sets(f"run.checkpoint_url=file://{tmp_path}/shared", "run.checkpoint_every=1")]
+    with running(command, tmp_path / "a", epochs=2) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    trained = read_metrics(tmp_path / "a" / "quickstart")[-1]["epoch"]
+    end = sets(f"run.num_epochs={trained + 1}", "evaluation.every=2000")
+    done = nft_ray_here(*command, *end, runs=tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert f"going on after epoch {trained}" in done.stdout
+    lines = read_metrics(tmp_path / "b" / "quickstart")
+    assert [line["epoch"] for line in lines] == list(range(trained + 2))
+    assert contents(tmp_path / "b" / "quickstart")

@@ -1,0 +1,148 @@
+"""Which checkpoints stay, what --overwrite may replace, and what a start that failed leaves."""
+
+from pathlib import Path
+
+import pytest
+
+from nft_ray.runs.evaluations import lines_folder, save_evaluation
+from nft_ray.runs.folder import RunFolder
+from nft_ray.types import EvalResult
+from tests.examples import example_config
+from tests.runs.states import learner_state, names
+
+CONFIG = example_config("run.num_epochs=30")
+
+
+def figures_of(value: float) -> EvalResult:
+    return EvalResult(metrics={"geneval/strict": value, "geneval": -value}, counts={}, images={}, seconds=1.0)
+
+
+class TestBest:
+    def test_the_best_evaluated_stays_beside_the_newest(self, tmp_path: Path) -> None:
+        """The run collapses after epoch 4: its best policy is not lost to those that came later."""
+        folder = RunFolder(tmp_path, keep=2, metric="geneval/strict")
+        for epoch, value in enumerate((0.5, 0.6, 0.7, 0.9, 0.1, 0.0, 0.0, 0.0), start=1):
+            folder.save(epoch, learner_state(epoch))
+            save_evaluation(tmp_path, epoch, figures_of(value))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (4, 7, 8)]
+        save_evaluation(tmp_path, 8, figures_of(0.95))
+        folder.save(9, learner_state(9))
+        folder.save(10, learner_state(10))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (8, 9, 10)]
+
+    def test_of_equals_the_newest_is_the_best(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path, keep=1, metric="geneval/strict")
+        for epoch in (1, 2, 3, 4):
+            folder.save(epoch, learner_state(epoch))
+            save_evaluation(tmp_path, epoch, figures_of(0.5))
+        assert names(folder) == ["epoch-000003", "epoch-000004"]
+
+    def test_figures_that_cannot_be_read_are_none(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path, keep=1, metric="geneval/strict")
+        for epoch in (1, 2, 3):
+            folder.save(epoch, learner_state(epoch))
+            save_evaluation(tmp_path, epoch, figures_of(1 / epoch))
+            lines_folder(tmp_path, epoch).with_suffix(".json").write_text('{"metrics"')
+        assert names(folder) == ["epoch-000003"]
+
+    def test_a_stage_has_figures_of_its_own(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path, keep=1, metric="geneval/strict")
+        stage = folder.for_stage(tmp_path / "stages" / "two", "geneval")
+        for epoch in (1, 2, 3):
+            stage.save(epoch, learner_state(epoch))
+            save_evaluation(stage.results, epoch, figures_of(float(epoch)))  # of the stage's metric, 1 is the best
+        assert names(folder) == ["epoch-000001", "epoch-000003"]
+
+
+class TestOverwrite:
+    def test_what_was_there_is_kept_under_another_name(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        first = folder.identity
+        folder.save(6, learner_state())
+        for _ in range(2):  # twice within a second, too
+            folder.claim(CONFIG, overwrite=True)
+            (tmp_path / "run" / "note").touch()
+        kept = sorted(path for path in tmp_path.iterdir() if path.name.startswith("run.old-"))
+        assert len(kept) == 2
+        assert (kept[0] / "identity").read_text().strip() == first != folder.identity
+        assert (kept[0] / "checkpoints" / "epoch-000006" / "state.json").is_file()
+        assert "is kept as run.old-" in caplog.text
+
+    @pytest.mark.parametrize("name", ["thesis.tex", "checkpoints"])
+    def test_what_is_no_run_is_refused(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).write_text("years of work")
+        for start in (RunFolder.check, RunFolder.claim):
+            with pytest.raises(ValueError, match=rf"^--overwrite: .*/run is no run: .*\(but {name}\)"):
+                start(RunFolder(tmp_path / "run"), CONFIG, overwrite=True)
+        assert (tmp_path / "run" / name).read_text() == "years of work"
+
+    def test_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("a file")
+        with pytest.raises(ValueError, match="is no run"):
+            RunFolder(tmp_path / "run").claim(CONFIG, overwrite=True)
+
+
+class TestClaimOfAStartThatFailed:
+    def test_checking_writes_nothing(self, tmp_path: Path) -> None:
+        RunFolder(tmp_path / "a" / "run").check(CONFIG)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_it_leaves_no_folder(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        with folder.locked():
+            folder.claim(CONFIG)
+            (tmp_path / "run" / "metrics.jsonl").touch()
+            folder.abandon()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("what", ["an epoch", "an evaluation", "the folder was there"])
+    def test_what_was_worked_out_stays(self, tmp_path: Path, what: str) -> None:
+        folder = RunFolder(tmp_path / "run")
+        if what == "the folder was there":
+            folder.path.mkdir()
+        folder.claim(CONFIG)
+        if what == "an epoch":
+            folder.save(1, learner_state(1))
+        if what == "an evaluation":
+            lines_folder(folder.path, 0).mkdir(parents=True)
+            (lines_folder(folder.path, 0) / "results.jsonl").write_text("{}\n")
+        folder.abandon()
+        assert (folder.path / "config.yaml").is_file()
+
+    def test_one_that_was_killed_stands_in_nobodys_way(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """No epoch was finished with its settings: the corrected command begins, and nothing is deleted."""
+        RunFolder(tmp_path / "run").claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        assert "no epoch was finished with its settings" in caplog.text
+        (old,) = (path for path in tmp_path.iterdir() if path.name != "run")
+        assert "learning_rate: 0.3" in (old / "config.yaml").read_text()
+        caplog.clear()
+        RunFolder(tmp_path / "run").claim(CONFIG)  # nothing differs
+        assert not caplog.records
+
+
+def test_the_run_is_known_by_its_identity(tmp_path: Path) -> None:
+    one, other = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other")
+    assert one.identity == ""
+    for folder in (one, other):
+        folder.claim(CONFIG)
+    assert len(one.identity) == 32
+    assert one.identity != other.identity
+    before = one.identity
+    RunFolder(tmp_path / "one").claim(CONFIG)
+    assert one.identity == before
+
+
+def test_a_run_that_was_taken_over_saves_no_more(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.claim(CONFIG)
+        folder.save(1, learner_state(1))
+        text = folder.lock.path.read_text()
+        folder.lock.path.write_text(text.replace('"token": "', '"token": "f'))
+        with pytest.raises(RuntimeError, match="was taken over by process"):
+            folder.save(2, learner_state(2))
+    assert names(folder) == ["epoch-000001"]
