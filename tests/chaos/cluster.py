@@ -205,9 +205,14 @@ class Cluster:
         above = {one.pid for one in psutil.Process(pid).parents()}
         return next(name for name, node in self.nodes.items() if node.process.pid in above)
 
-    def ask(self, path: str) -> Any:
+    def store_mib(self) -> float:
+        """What is in the object stores of the living nodes, as the dashboard last heard."""
+        nodes = [node["raylet"] for node in self.ask("nodes?view=summary", "")["data"]["summary"]]
+        return sum(node["object_store_used_memory"] for node in nodes if node.get("state") == "ALIVE") / 2**20
+
+    def ask(self, path: str, below: str = "api/") -> Any:
         """What the dashboard's REST interface says."""
-        request = urllib.request.Request(f"http://{self.dashboard}/api/{path}")
+        request = urllib.request.Request(f"http://{self.dashboard}/{below}{path}")
         request.add_header("Authorization", f"Bearer {(self.folder / 'token').read_text()}")
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

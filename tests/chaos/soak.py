@@ -62,16 +62,8 @@ def look(run: Run, ray: Cluster, life: int, started: float) -> Sample | None:
         memory, handles, threads = driver.memory_info().rss / 2**20, driver.num_fds(), driver.num_threads()
     except psutil.Error:
         return None
-    objects = sum(store_bytes(node) for node in ray.alive_nodes()) / 2**20
-    values = (memory, handles, threads, objects, len(ray.processes()))
+    values = (memory, handles, threads, ray.store_mib(), len(ray.processes()))
     return Sample(life, time.monotonic() - started, run.epoch, tuple(float(value) for value in values))
-
-
-def store_bytes(node: dict[str, Any]) -> float:
-    """In use in the shared memory of a node, by its own file (what it keeps free is not backed by pages)."""
-    total = node.get("resources_total", {}).get("object_store_memory", 0.0)
-    free = node.get("resources_available", {}).get("object_store_memory", total)
-    return float(total - free)
 
 
 def slopes(samples: list[Sample]) -> dict[str, float]:
