@@ -11,6 +11,7 @@ from nft_ray.config import ExperimentConfig, dump, load, parse, resolved
 from tests.examples import QUICKSTART
 from tests.fuzz.strategies import LEAVES, changed, damaged, one_line
 
+pytestmark = pytest.mark.slow
 WHOLE = yaml.safe_load(QUICKSTART.read_text())
 STAGED = yaml.safe_load((QUICKSTART.parent / "sd3_staged.yaml").read_text())
 RESOLVED = resolved(load(QUICKSTART))

@@ -18,6 +18,7 @@ from tests.examples import example_config
 from tests.fuzz.strategies import changed, damaged, one_line
 from tests.runs.states import learner_state
 
+pytestmark = pytest.mark.slow
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 GENEVAL = {
     "tag": "counting",

@@ -12,6 +12,8 @@ from PIL import Image
 from deployments.http_api import MAX_SIDE, HttpError, check_head, parse
 from tests.fuzz.strategies import TREES, changed, damaged, refused
 
+pytestmark = pytest.mark.slow
+
 
 def png(width: int = 4, height: int = 3) -> bytes:
     buffer = io.BytesIO()
