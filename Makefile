@@ -3,11 +3,13 @@ PYTHON ?= python3
 # where torch comes from; for CUDA: make setup TORCH="--index-url https://download.pytorch.org/whl/cu130"
 TORCH ?=
 ARGS ?=
+SOAK_MINUTES ?= 30
+SOAK_OUTPUT ?= benchmarks/results/soak
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test test-all check docker-check clean
+.PHONY: help setup quickstart test test-all chaos soak kill-loop check docker-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,10 +31,19 @@ oracles: setup # the environments that cannot share .venv: open_clip, and publis
 	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
 
 test: setup ## what must hold before a change lands, 8 to 11 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
-	$(BIN)/python -m pytest -m "not large" -W ignore $(ARGS)
+	$(BIN)/python -m pytest -m "not large and not full" -W ignore $(ARGS)
 
 test-all: oracles ## and what is at real size or needs an oracle's environment, 11 to 15 minutes
-	$(BIN)/python -m pytest -m "" -W ignore $(ARGS)
+	$(BIN)/python -m pytest -m "not full" -W ignore $(ARGS)
+
+chaos: setup ## everything that can die under a run does, 20 minutes; the table is benchmarks/results/chaos.md
+	CHAOS_TABLE=benchmarks/results/chaos.md $(BIN)/python -m pytest -n 0 -m chaos -W ignore tests/chaos $(ARGS)
+
+soak: setup ## 300 tiny epochs, again and again, under random kills; SOAK_MINUTES=30 says for how long
+	$(BIN)/python -m tests.chaos.soak --minutes $(SOAK_MINUTES) --output $(SOAK_OUTPUT) $(ARGS)
+
+kill-loop: setup ## the quickstart, its driver killed every minute or two, until it is finished (ARGS=--joined: on one cluster)
+	$(BIN)/python -m tests.chaos.kill_loop $(ARGS)
 
 check: setup ## style, format, types, length, who imports whom (the contracts in pyproject.toml)
 	$(BIN)/ruff check .

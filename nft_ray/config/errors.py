@@ -14,7 +14,7 @@ def explained(model: type[BaseModel], error: ValidationError, section: str = "")
 
 def one_line(model: type[BaseModel], detail: Any, section: str = "") -> str:
     """One problem of pydantic's list."""
-    path = [part for part in detail["loc"] if not str(part).startswith("<")]
+    path = [part for part in detail["loc"] if not str(part).startswith("<")] or list(detail["loc"])
     where = ".".join(str(part) for part in ([section, *path] if section else path))
     if detail["type"] == "extra_forbidden":
         known = _keys_at(model, path[:-1])

@@ -30,7 +30,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         raise ValueError(f"config {path}: no such file{_nearest_file(Path(path))}") from None
     except IsADirectoryError:
         raise ValueError(f"config {path}: is a folder; name a .yaml file") from None
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+    except AssertionError:  # OmegaConf's own of a text or a number alone
+        raise ValueError(f"config {path}: holds no mapping at the top; start with `run:`") from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
     return parse(data)
 

@@ -17,7 +17,7 @@ import numpy as np
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
@@ -254,8 +254,11 @@ def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) 
 
 
 def _read(file: LoraFile) -> Weights:
-    with safe_open(file.path, "pt") as tensors:
-        return {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
+    try:
+        with safe_open(file.path, "pt") as tensors:
+            return {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
+    except SafetensorError as error:  # what the header's shapes do not show: data types, gaps between the tensors
+        raise ValueError(f"LoRA {file.path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
 
 
 def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:

@@ -130,6 +130,8 @@ def _json_lines(spec: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(
                 f"prompts {spec}, line {number}: is no JSON: {error.msg} at character {error.colno}"
             ) from None
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets without end
+            raise ValueError(f"prompts {spec}, line {number}: is no JSON that can be read: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
             raise ValueError(f'prompts {spec}, line {number}: needs an object with a text under "prompt"')
         yield data["prompt"], data

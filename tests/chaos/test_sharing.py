@@ -1,0 +1,54 @@
+"""Several runs on one cluster, and what belongs to whom."""
+
+import signal
+import time
+
+import pytest
+
+from tests.chaos.cluster import SAMPLER, Cluster, until
+from tests.chaos.conftest import Calm, Scenarios
+
+
+@pytest.mark.full
+def test_two_experiments_with_the_same_reward_do_not_meet(
+    ray_cluster: Cluster, scenarios: Scenarios, calm: Calm
+) -> None:
+    """One of them is killed and goes on, five times; the other does not notice."""
+    epochs = 30
+    reference = calm.run(epochs)
+    settings = (f"run.num_epochs={epochs}", "sampler.num_workers=1")
+    first, second = (scenarios.run(name, ray_cluster, *settings, mlflow=True) for name in ("first", "second"))
+    first.start()
+    first.reach(0)
+    for _ in range(5):
+        second.start()
+        second.reach(second.saved + 1)
+        second.send(signal.SIGKILL)
+        second.end()
+        before, started = first.epoch, time.monotonic()
+        if first.process is not None and first.process.poll() is None:
+            first.reach(min(epochs, before + 1))
+        scenarios.table.add("another experiment with the same reward is killed", seconds=time.monotonic() - started)
+    first.same_as(reference, epochs)
+    second.start().same_as(reference, epochs)
+    for run in (first, second):
+        run.once_in_mlflow(epochs)
+    ray_cluster.nothing_left()
+
+
+@pytest.mark.full
+def test_what_a_killed_run_left_is_collected_by_the_next_run(ray_cluster: Cluster, scenarios: Scenarios) -> None:
+    """Whoever comes next, not only the run itself: its applications are those of a dead job."""
+    for number in range(5):
+        dead = scenarios.run(f"dead{number}", ray_cluster, "run.num_epochs=500").start()
+        dead.reach(0)
+        dead.send(signal.SIGKILL)
+        dead.end()
+        assert ray_cluster.applications()
+        until("its actors end with it", lambda: not ray_cluster.pids(SAMPLER), 30)
+        if number < 4:
+            scenarios.table.add("a run is killed for good: the next one collects its applications")
+    last = scenarios.run("last", ray_cluster, "run.num_epochs=2").start()
+    assert last.end() == 0, last.said[-3000:]
+    scenarios.table.add("a run is killed for good: the next one collects its applications")
+    ray_cluster.nothing_left()
