@@ -226,7 +226,7 @@ def test_training_does_without_what_only_monitors_and_says_it_by_epoch(run: Run)
     right = np.concatenate([right_images(request) for request in requests[:3]]).mean()
     assert list(said) == [1, 2]
     assert said[1] == pytest.approx(
-        {f"reward/{MONITOR}": right, f"reward/{MONITOR}/negative": -right, f"reward/{MONITOR}/missing": 0.0}
+        {f"reward/{MONITOR}": right, f"reward/{MONITOR}/negative": -right, f"reward/missing/{MONITOR}": 0.0}
     )
     assert run.roles.scorers.monitored(9) == {}
 

@@ -29,7 +29,7 @@ class Monitored:
 
 
 def _metrics(rewards: dict[str, dict[int, tuple[int, Scores | None]]]) -> dict[str, float]:
-    """`reward/NAME` and `reward/NAME/DETAIL`: means over what there is, as of trained rewards; `reward/NAME/missing`:
+    """`reward/NAME` and `reward/NAME/DETAIL`: means over what there is, as of trained rewards; `reward/missing/NAME`:
     the part of the images that it is not there for.
     """
     metrics: dict[str, float] = {}
@@ -46,5 +46,5 @@ def _metrics(rewards: dict[str, dict[int, tuple[int, Scores | None]]]) -> dict[s
             if len(finite):
                 metrics[f"reward/{column}"] = float(finite.mean())
         if num_images := sum(count for count, _ in groups.values()):
-            metrics[f"reward/{name}/missing"] = 1 - there / num_images
+            metrics[f"reward/missing/{name}"] = 1 - there / num_images
     return metrics

@@ -187,7 +187,7 @@ def test_nobody_waits_for_a_monitor_that_is_down(
             assert not rewards.missing[REWARD].any()
         if marker == "hang-monitor":
             assert scorers.monitored(3) == {}  # its calls are under way
-        assert plane(scorers.drained()) == {3: {f"reward/{MONITOR}/missing": 1.0}}
+        assert plane(scorers.drained()) == {3: {f"reward/missing/{MONITOR}": 1.0}}
         asked = plane.num_asked() - before
         for rewards in plane.score(*evaluation):
             assert rewards.missing[MONITOR].all()
@@ -208,7 +208,7 @@ def test_a_monitor_whose_input_is_wrong_stops_no_training(plane: Plane) -> None:
     try:
         (rewards,) = plane.score(request)
         assert not rewards.missing[REWARD].any()
-        assert plane(plane.scorers.drained()) == {4: {f"reward/{MONITOR}/missing": 1.0}}
+        assert plane(plane.scorers.drained()) == {4: {f"reward/missing/{MONITOR}": 1.0}}
         with pytest.raises(ValueError, match=f"^reward {MONITOR}: prompt 0 has no tag$"):
             plane.score(dataclasses.replace(request, split="eval"))
     finally:

@@ -195,7 +195,7 @@ def test_a_monitor_whose_endpoint_is_down_costs_no_epoch(tmp_path: Path, local_r
         done = nft_ray(*command, runs=tmp_path, ray=local_ray.environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "monitored" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["reward/unified_reward/missing"] for line in lines[1:]] == [1.0] * 6
+    assert [line["reward/missing/unified_reward"] for line in lines[1:]] == [1.0] * 6
     assert [line["reward/missing"] for line in lines[1:]] == [0.0] * 6
     assert done.stderr.count("reward unified_reward is down: ") == 1
     assert len(server.bodies) <= 100, "asked of the first 48 lines, twice at most: not of 72 images and 48 lines more"

@@ -21,7 +21,7 @@ def test_means_over_what_is_there() -> None:
     monitored.add(4, "ocr", 0, 2, scores(9.0, 9.0))
     assert monitored.epochs() == [3, 4]
     assert monitored.take([3]) == {
-        3: {"reward/ocr": 1.0, "reward/ocr/exact": 0.5, "reward/ocr/missing": 0.75, "reward/clipscore/missing": 1.0}
+        3: {"reward/ocr": 1.0, "reward/ocr/exact": 0.5, "reward/missing/ocr": 0.75, "reward/missing/clipscore": 1.0}
     }
     assert monitored.take([3, 5]) == {}
     assert monitored.epochs() == [4]
@@ -31,4 +31,4 @@ def test_a_group_that_is_scored_again_counts_once() -> None:
     monitored = Monitored(["ocr"])
     monitored.add(0, "ocr", 7, 2, None)
     monitored.add(0, "ocr", 7, 2, scores(1.0, 2.0))
-    assert monitored.take([0]) == {0: {"reward/ocr": 1.5, "reward/ocr/missing": 0.0}}
+    assert monitored.take([0]) == {0: {"reward/ocr": 1.5, "reward/missing/ocr": 0.0}}
