@@ -22,10 +22,10 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.answers import DeadlineError, free_resources, one_line, waiting
 from actors.footprint import Stores, footprint, memory_warnings, store_warnings, usable
 from actors.packing import Node, Piece
 from actors.placement import Cluster, check, pieces
-from actors.pool import DeadlineError, free_resources, one_line, waiting
 from nft_ray.config import ExperimentConfig
 from nft_ray.rewards.base import RewardConfig, TorchRewardConfig, reward_files
 from nft_ray.rewards.weights import missing_weights

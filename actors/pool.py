@@ -30,22 +30,9 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.answers import DeadlineError, Pending, answer, free_resources, one_line, together, waiting
-from actors.seats import WORKER_FAILURES, Seats, Worker, worker_failure
+from actors.answers import DeadlineError, Pending, answer, one_line, together
+from actors.seats import Seats, Worker, worker_failure
 from nft_ray.failures import lost, store_full
-
-__all__ = [
-    "WORKER_FAILURES",
-    "DeadlineError",
-    "Pending",
-    "WorkerPool",
-    "answer",
-    "free_resources",
-    "one_line",
-    "together",
-    "waiting",
-    "worker_failure",
-]
 
 STORE_PAUSE_S = 2.0
 """Before a call is made again whose result found no room: scorers and learners free what they have read."""

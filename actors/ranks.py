@@ -15,10 +15,11 @@ import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
+from actors.answers import DeadlineError, answer, free_resources, one_line, together, waiting
 from actors.bundles import in_bundle
 from actors.downloads import download
-from actors.pool import WORKER_FAILURES, DeadlineError, answer, free_resources, one_line, together, waiting
 from actors.rank import LearnerFactory, spawn
+from actors.seats import WORKER_FAILURES
 from nft_ray import failures
 from nft_ray.config import ExperimentConfig
 

@@ -12,11 +12,11 @@ from logging import getLogger
 
 from ray.util import remove_placement_group
 
+from actors.answers import together
 from actors.bundles import reserve
 from actors.learners import LearnerFactory, LearnerGroup
 from actors.nodes import cluster_now
 from actors.placement import check
-from actors.pool import together
 from actors.samplers import SamplerFactory, SamplerPool
 from actors.scorers import ServeScorers
 from nft_ray.config import ExperimentConfig

@@ -34,7 +34,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.pool import DeadlineError, Pending, one_line, together
+from actors.answers import DeadlineError, Pending, one_line, together
 from nft_ray.config import ExperimentConfig
 from nft_ray.failures import lost, out_of_memory
 from nft_ray.rewards.applications import application
