@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 from ray.experimental import get_local_object_locations
 
-from actors.pool import DeadlineError, waiting
+from actors.answers import DeadlineError, waiting
 
 LOOK_S = 5.0
 """For an object without a known copy to say that it is lost."""

@@ -32,8 +32,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
+from actors.answers import DeadlineError, one_line
 from actors.kept import Kept, lost
-from actors.pool import DeadlineError, one_line
 from actors.rank import LearnerFactory
 from actors.ranks import GroupError, Ranks
 from actors.restarts import Restarts
