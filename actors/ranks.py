@@ -19,7 +19,7 @@ from actors.answers import DeadlineError, answer, free_resources, one_line, toge
 from actors.bundles import in_bundle
 from actors.downloads import download
 from actors.rank import LearnerFactory, spawn
-from actors.seats import WORKER_FAILURES
+from actors.seats import worker_failure
 from nft_ray import failures
 from nft_ray.config import ExperimentConfig
 
@@ -152,7 +152,7 @@ def _weight(error: BaseException) -> int:
         return ECHO
     if failures.lost(error):
         return LOST
-    return DEVICE if isinstance(error, WORKER_FAILURES) or failures.device_failure(error) else OWN
+    return DEVICE if worker_failure(error) else OWN
 
 
 def _error(task: "asyncio.Task[Any]") -> BaseException | None:

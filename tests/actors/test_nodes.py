@@ -120,7 +120,7 @@ def test_what_a_later_stage_lacks_is_told_right_after_connecting(
     assert caplog.text.count("the same") == 1
     if "py_executable" in stage:
         monkeypatch.setattr(
-            "deployments.build.os.path.exists", lambda path: True
+            "deployments.interpreter.os.path.exists", lambda path: True
         )  # so that it is looked at here, not on a cluster
     with pytest.raises(ValueError, match=line):
         check_connected(config.stage_configs, None)

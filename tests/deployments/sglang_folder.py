@@ -41,7 +41,8 @@ class StandIn:
     @property
     def starts(self) -> list[dict[str, Any]]:
         file = self.folder / "started.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # it may be writing the last one
 
     def alive(self) -> list[int]:
         return [pid for start in self.starts for pid in (start["pid"], start["worker"]) if is_alive(pid)]
