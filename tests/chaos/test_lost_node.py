@@ -26,7 +26,7 @@ from nft_ray.types import Rewards, Rollout, RolloutRequest
 from tests.fakes import FakeLearnerCore, FakeReward, FakeSamplerCore, fake_config
 from tests.test_trainer import LINES, Diary, policy, train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.full]
 STORE = 150 * 2**20
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
 """A node that was killed is known to be gone after a second, not after fifteen."""
