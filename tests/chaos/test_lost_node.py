@@ -72,6 +72,12 @@ class NodeKillingScorers:
                 await asyncio.to_thread(self.cluster.remove_node, self.node, allow_graceful=False)
         return assemble({"jpeg_compressibility": scores}, request.num_images, {"jpeg_compressibility": 1.0})
 
+    def monitored(self, epoch: int) -> dict[int, dict[str, float]]:
+        return {}
+
+    async def drained(self) -> dict[int, dict[str, float]]:
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
