@@ -11,7 +11,7 @@ import pytest
 
 from tests.command_line import REPO
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.full]
 
 QUICK_HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
