@@ -108,14 +108,14 @@ def _append(path: Path, lines: Iterable[Line]) -> None:
     if not text:
         return
     try:
-        with path.open("ab") as file:
+        with path.open("ab", buffering=0) as file:  # a buffer would write what is left of it when it is closed
             before = file.tell()
             try:
-                file.write(text)
-                file.flush()
+                while text:
+                    text = text[file.write(text) :]
                 os.fsync(file.fileno())
             except OSError:
-                os.truncate(path, before)  # or the next line would be glued to what is there of this one
+                file.truncate(before)  # or the next line would be glued to what is there of this one
                 raise
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
