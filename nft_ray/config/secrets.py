@@ -27,6 +27,12 @@ def masked_uri(uri: str) -> str:
     return masked_text(_USERINFO_OF_URI.sub(MASK, uri))
 
 
+def without_userinfo(text: str, uri: str) -> str:
+    """A text in which the user and password of this address may stand, without them."""
+    found = _USERINFO_OF_URI.search(uri)
+    return text.replace(found[0], MASK) if found else text
+
+
 def masked(value: Any, name: str = "") -> Any:
     """Plain data with every secret in it replaced, wherever it stands; `name`: the key that it stands under."""
     if isinstance(value, Mapping):

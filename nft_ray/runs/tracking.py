@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from nft_ray.config import ExperimentConfig, masked_text, masked_uri
+from nft_ray.config import ExperimentConfig, masked_text, masked_uri, without_userinfo
 from nft_ray.roles import Tracker
 from nft_ray.runs.database import mend
 from nft_ray.runs.ledger import STATUS, Ended, digest, read_ledger, write_ledger
@@ -31,8 +31,12 @@ RETRY_DELAYS_S = (1.0, 5.0)
 """Pauses between the attempts of one delivery: another run may hold the database."""
 AGAIN_S = 60.0
 """Seconds until the next delivery after one that failed."""
-REQUESTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-"""MLflow's own 7 retries of each request are minutes in which nothing is known."""
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+"""Of MLflow, where it is not set: its own 7 retries of each request are minutes in which nothing is known."""
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +56,7 @@ class RunTracker(Tracker):
     def begin(self, epoch: int = 0) -> None:
         """The run folder is this process's, and the run goes on after `epoch` finished epochs, 0 when fresh."""
         # Here and not in the thread: changing the environment is not safe beside a thread that reads it.
-        for name, value in REQUESTS.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._metrics = Metrics(self._folder)
@@ -205,7 +209,7 @@ class Delivery:
 
 def deliver(folder: Path, config: ExperimentConfig, artifacts: Iterable[Path], *, finished: bool) -> Delivery:
     """Give MLflow all of a run that no process is at work on. RuntimeError, one line, where MLflow does not take it."""
-    for name, value in REQUESTS.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     delivery = Delivery(folder, config, Metrics(folder))
     delivery.artifacts += artifacts
@@ -219,7 +223,7 @@ def deliver(folder: Path, config: ExperimentConfig, artifacts: Iterable[Path], *
 def explained(error: Exception, uri: str) -> str:
     """What MLflow raised, on one line, with what helps where that is known."""
     text = str(error)
-    words = masked_text(" ".join(text.split()))[:300] or type(error).__name__
+    words = masked_text(" ".join(without_userinfo(text, uri).split()))[:300] or type(error).__name__
     return "; ".join(filter(None, (words, mend(uri, text))))
 
 
