@@ -199,7 +199,11 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.slow
 def test_what_a_server_missed_is_delivered_by_the_run_itself_or_later(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.INFO, logger="nft_ray")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -208,7 +212,7 @@ def test_what_a_server_missed_is_delivered_by_the_run_itself_or_later(
     monkeypatch.chdir(tmp_path)  # artifacts of a server without a place for them would go there
     shutil.copy(root / "mlflow.db", tmp_path / "mlflow.db")
     port = free_port()
-    address = f"tracking.uri=http://127.0.0.1:{port}"
+    address = f"tracking.uri=http://me:hunter2@127.0.0.1:{port}"
     with server(tmp_path, port):
         live, _ = claimed(tmp_path / "live", address)
         train(live, range(1, 3))
@@ -222,7 +226,11 @@ def test_what_a_server_missed_is_delivered_by_the_run_itself_or_later(
         train(live, range(5, 6))
         live.close(timeout_s=30)
         assert caplog.text.count("answers again, and has everything") == 1
-        assert main(["track", str(tmp_path / "late")]) == 0
+        assert main(["track", str(tmp_path / "late"), "--set", address]) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    assert "hunter2" not in caplog.text + "".join(capsys.readouterr())
+    assert "http://**********@127.0.0.1" in caplog.text
     for name, num_epochs in (("live", 5), ("late", 2)):
         assert_has_all(tmp_path / "mlflow.db", name, num_epochs, "FINISHED")
 
