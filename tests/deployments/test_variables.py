@@ -18,8 +18,6 @@ def test_together_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "API_KEY" in VARIABLES
 
 
-@pytest.mark.parametrize(
-    "runtime_env", [None, {}, {"env_vars": {}}, {"env_vars": {"TOKEN": "secret", "LDAP_PASSWORD": "secret"}}]
-)
+@pytest.mark.parametrize("runtime_env", [None, {}, {"env_vars": {}}, {"env_vars": {"LDAP_PASSWORD": "secret"}}])
 def test_without_early_ones_ray_is_given_none(runtime_env: dict[str, dict[str, str]] | None) -> None:
     assert for_ray(runtime_env) == {}
