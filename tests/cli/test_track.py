@@ -189,7 +189,8 @@ class TestWithADatabase:
             filler = disk / "filler"
             filler.write_bytes(bytes(130 * 1024))
             code = (
-                "import logging, sys, time; from pathlib import Path; from tests.cli.test_track import claimed, train, wait_for\n"
+                "import logging, sys; from pathlib import Path\n"
+                "from tests.cli.test_track import claimed, train, wait_for\n"
                 "from nft_ray.runs import tracking; tracking.AGAIN_S = 0.2; tracking.RETRY_DELAYS_S = (0.1,)\n"
                 "logging.basicConfig(level=logging.INFO)\n"
                 "folder, disk = map(Path, sys.argv[1:])\n"
