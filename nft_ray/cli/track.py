@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nft_ray.cli.console import say
 from nft_ray.config import ExperimentConfig, load, lost, masked_uri
-from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.runs.closing import CURVE, PICTURES, SUMMARY, closed
+from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.ledger import is_delivered
 from nft_ray.runs.tracking import deliver, tracking_uri
 
@@ -27,7 +27,8 @@ def track(args: argparse.Namespace) -> int:
             "--set 'tracking.uri=${oc.env:NAME}' and the environment variable NAME"
         )
     folder = RunFolder(path)
-    run = deliver(path, config, _artifacts(folder, config), finished=closed(folder) is not None).run
+    with folder.locked():
+        run = deliver(path, config, _artifacts(folder, config), finished=closed(folder) is not None).run
     say(f"MLflow at {masked_uri(tracking_uri(config, path.parent))} has all of run {config.run.name}: {run.status}")
     return 0
 

@@ -13,7 +13,7 @@ from typing import cast
 from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
-from nft_ray.cli.failures import log_no_more, log_to
+from nft_ray.cli.failures import log_no_more, log_to, retryable
 from nft_ray.cli.place import PREEMPTED, Interrupted, Place, Preempted, run_until_stopped, sigterm_raises
 from nft_ray.cli.track import catch_up
 from nft_ray.cli.watch import Ending
@@ -160,6 +160,7 @@ def _run(
         raise Interrupted(f"interrupted: {what_is_kept(folder)}") from None
     except Exception as error:
         if folder.kept():
+            ended = "preempted" if retryable(error) else "failed"
             error.add_note(what_is_kept(folder))
         raise
     finally:

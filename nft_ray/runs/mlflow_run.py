@@ -20,6 +20,7 @@ from nft_ray.runs.database import prepare
 from nft_ray.runs.evaluations import evaluated_epochs, load_evaluation
 from nft_ray.runs.ledger import RUN_ID, read_run_id
 from nft_ray.runs.metrics import OWN, Line, Metrics
+from nft_ray.runs.remote import IDENTITY
 from nft_ray.runs.report import contact_sheet
 
 METRICS_PER_BATCH = 1000
@@ -31,8 +32,6 @@ TAG_LENGTH = 5000
 PICTURES = "evaluation"
 STEP = "/optimizer_step"
 """How the metric's name ends; it begins with the algorithm's."""
-IDENTITY = "identity"
-"""The file, and with `nft_ray.` before it the tag, of what a run has in common with none of its name."""
 REPEATED = "nft_ray.repeated_epochs"
 LOUD = ("mlflow", "alembic", "sqlalchemy", "urllib3.connectionpool")
 """Loggers that say all that is raised, too: 60 lines while the tables are made, 1,100 where the disk is full."""

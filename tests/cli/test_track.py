@@ -21,8 +21,8 @@ from nft_ray.cli.main import main
 from nft_ray.cli.track import catch_up
 from nft_ray.config import ExperimentConfig, dump
 from nft_ray.runs import tracking
-from nft_ray.runs.checkpoint import RunFolder
 from nft_ray.runs.evaluations import save_evaluation
+from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.tracking import RunTracker
 from nft_ray.types import EvalResult
 from tests.conftest import free_port
