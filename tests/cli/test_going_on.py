@@ -106,7 +106,7 @@ def test_told_to_end_at_an_earlier_checkpoint_it_evaluates_there_and_reports(
 
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
     assert evaluated_epochs(run) == [0, 2, 3]
-    assert [line["epoch"] for line in tracking.read_metrics(run)] == [0, 1, 2]
+    assert [line["epoch"] for line in read_metrics(run)] == [0, 1, 2]
     assert json.loads((run / "summary.json").read_text())["epochs"] == 2
     assert "epoch-000003 is put aside as epoch-000003.beyond" in caplog.text
     capsys.readouterr()
