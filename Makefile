@@ -9,7 +9,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test test-all chaos soak kill-loop check docker-check clean
+define KNOWN
+import json, urllib.request
+assert json.load(urllib.request.urlopen("https://pypi.org/pypi/requests/2.31.0/json", timeout=5))["vulnerabilities"]
+endef
+export KNOWN
+
+.PHONY: help setup quickstart test test-all chaos soak kill-loop check audit docker-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +58,13 @@ check: setup ## style, format, types, length, who imports whom (the contracts in
 	$(BIN)/lint-imports --no-logo --no-cache
 	@git ls-files -co --exclude-standard '*.py' | xargs wc -l | \
 		awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines, at most 400: split it by nouns"; long = 1 } END { exit long }'
+
+	@$(MAKE) --no-print-directory audit
+
+audit: setup ## the versions of constraints.txt against the published advisories, where they can be reached
+	@if $(BIN)/python -c "$$KNOWN" 2>/dev/null; \
+	then $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off; \
+	else echo "audit: skipped, the advisories of pypi.org cannot be reached from here"; fi
 
 docker-check: ## the image's install steps in a clean root, without Docker (needs root and debootstrap)
 	docker/check.sh

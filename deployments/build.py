@@ -42,7 +42,7 @@ from deployments.plane import delete, drop_server, server_name
 from deployments.proxy import start_serve
 from deployments.reward_app import Load, application
 from deployments.sglang_actor import serve_sglang
-from nft_ray.config import ExperimentConfig, HttpConfig, changes, differences, mark_of
+from nft_ray.config import ExperimentConfig, HttpConfig, changes, differences, mark_of, masked
 from nft_ray.rewards.applications import SHARED, reward_of, route
 from nft_ray.rewards.applications import application as named
 from nft_ray.rewards.base import Autoscaling, RewardConfig, RewardUse, load_reward
@@ -185,7 +185,7 @@ def describe(name: str, config: RewardConfig) -> dict[str, Any]:
     What a run makes of the scores (`RewardUse`) is not the replica's.
     """
     section = config.model_dump(mode="json", exclude=set(RewardUse.model_fields))
-    return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: section}}
+    return {"reward": name, "nft_ray": version("nft_ray"), "rewards": {name: masked(section)}}
 
 
 async def rebound(app: str, bounds: Autoscaling, load: Load = load_reward, *, wait_s: float) -> None:

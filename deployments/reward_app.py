@@ -33,6 +33,7 @@ from starlette.responses import JSONResponse
 
 from deployments.claims import NAMESPACE
 from deployments.http_api import HttpError, answer, check_head, parse, read
+from deployments.variables import for_ray, set_rest
 from nft_ray.config import HttpConfig
 from nft_ray.failures import device_failure, out_of_memory
 from nft_ray.rewards.base import Reward, RewardConfig, Scores
@@ -64,6 +65,7 @@ class RewardReplica:
         http: HttpConfig | None,
         server: str | None,
     ) -> None:
+        set_rest(config.runtime_env)
         self._name, self._description, self._http = name, description, http or HttpConfig()
         self._bound = (section, config, http)
         self._load, self._section, self._server = load, section, server
@@ -207,7 +209,7 @@ def application(
 
     A replica holds two batches: one in work, one that fills.
     """
-    environment = dict(config.runtime_env or {})
+    environment = for_ray(config.runtime_env)
     if config.py_executable:
         environment["py_executable"] = config.py_executable
     options: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nft_ray.config import masked_text
 from nft_ray.roles import ObjectsLostError, StateLostError, TryAgainError
 
 FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
@@ -94,7 +95,7 @@ def retryable(error: BaseException) -> bool:
 
 def write_traceback(error: BaseException, *, always: bool = True) -> Path | None:
     """Into the run's log; where there is none yet, into a file of its own, or nowhere unless `always`. Never raises."""
-    text = "".join(traceback.format_exception(error))
+    text = masked_text("".join(traceback.format_exception(error)))
     if os.environ.get("NFT_RAY_DEBUG"):
         sys.stderr.write(text)
     try:

@@ -22,6 +22,7 @@ from typing import Any
 from nft_ray.cli import data, rewards
 from nft_ray.cli.failures import INTERRUPTED, explained, quiet
 from nft_ray.cli.place import Interrupted
+from nft_ray.config import masked_text
 
 LIGHT = {"rewards": rewards.rewards, "data": data.data}
 """Commands that start without torch."""
@@ -63,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     _add_evaluate(commands)
     _add_export(commands)
+    command = commands.add_parser("track", help="give MLflow what it lacks of a run that is finished or stopped")
+    command.add_argument("run", help="folder of a run, such as runs/quickstart")
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="such as tracking.uri=...")
     command = commands.add_parser("encode", help="an experiment's prompts into model.precomputed, before it starts")
     command.add_argument("config", help="the experiment")
     command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field")
@@ -111,6 +115,10 @@ def _heavy(args: argparse.Namespace) -> int:
         from nft_ray.cli.export import export_command
 
         return export_command(args)
+    if args.command == "track":
+        from nft_ray.cli.track import track
+
+        return track(args)
     if args.command == "encode":
         from nft_ray.cli.encode import encode
 
@@ -122,6 +130,6 @@ def _heavy(args: argparse.Namespace) -> int:
 
 def _fail(line: str, status: int) -> int:
     sys.stdout.flush()
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{masked_text(line)}\n")
     sys.stderr.flush()
     return status

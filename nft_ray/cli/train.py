@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import cast
 
 from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
-from nft_ray.cli.failures import log_no_more, log_to
+from nft_ray.cli.failures import log_no_more, log_to, retryable
 from nft_ray.cli.place import PREEMPTED, Interrupted, Place, Preempted, run_until_stopped, sigterm_raises
+from nft_ray.cli.track import catch_up
 from nft_ray.cli.watch import Ending
-from nft_ray.config import ExperimentConfig, dump, load
+from nft_ray.config import ExperimentConfig, dump, load, lost
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
 from nft_ray.models.lora import check_layers, read_lora
@@ -27,9 +29,11 @@ from nft_ray.runs import closing
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.closing import PromptSets
 from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.ledger import Ended
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.root import in_submitted_job, run_root
 from nft_ray.runs.stages import Stage, stages_of
-from nft_ray.runs.tracking import CLOSE_S, RunTracker, read_metrics, ui_command
+from nft_ray.runs.tracking import CLOSE_S, RunTracker, ui_command
 from nft_ray.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ END_S = 1800.0
 def train(args: argparse.Namespace) -> int:
     """Run an experiment to its end, or what is left of it; returns the exit status."""
     config = resolve(load(args.config, args.set))
+    if masks := list(lost(config.model_dump())):
+        raise ValueError(f"{masks[0]}: a secret is masked in the files of a run; write it again, as ${{oc.env:NAME}}")
     stages = stages_of(config)
     check_model(config.model)
     if config.model.lora.start is not None:
@@ -116,10 +122,11 @@ def _run(
     kept, table = folder.kept(), closing.closed(folder)
     if not overwrite and table is not None and kept is not None and kept[0] == done == config.run.num_epochs:
         say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
+        catch_up(folder, config)
         return 0
-    started, failed, goes_on = time.monotonic(), True, False
+    started, ended = time.monotonic(), cast(Ended, "failed")
     tracker: RunTracker | None = None
-    ending = Ending(kept=lambda: what_is_kept(folder), close=lambda: tracker.close(failed=True) if tracker else None)
+    ending = Ending(kept=lambda: what_is_kept(folder), close=lambda: tracker.close("preempted") if tracker else None)
     try:
         with ExitStack() as stack:
             is_left = [stage.config for stage, _ in stages if overwrite or stage.is_left(folder.path, done)]
@@ -129,7 +136,8 @@ def _run(
                 place.check_connected(is_left)
             folder.claim(config, overwrite=overwrite)
             log_to(folder.path)
-            tracker = RunTracker(folder.path, config, start_epoch=folder.finished())
+            tracker = RunTracker(folder.path, config)
+            tracker.begin(folder.finished())
             console = Console(tracker, config.run.num_epochs, metric=headline(config))
             _say_where(config, folder, console)
             closing.reopen(folder)
@@ -143,21 +151,23 @@ def _run(
         console.say(f"\n{made.table}\n")
         for path in made.files:
             console.say(str(path))
-        failed = False
+        ended = "finished"
     except PREEMPTED:
-        failed, goes_on = False, True
+        ended = "preempted"
         raise Preempted(f"preempted: {what_is_kept(folder)}") from None
     except KeyboardInterrupt:
+        ended = "interrupted"
         raise Interrupted(f"interrupted: {what_is_kept(folder)}") from None
     except Exception as error:
         if folder.kept():
+            ended = "preempted" if retryable(error) else "failed"
             error.add_note(what_is_kept(folder))
         raise
     finally:
-        folder.send_all(GRACE_S if failed or goes_on else END_S, say)
+        folder.send_all(END_S if ended == "finished" else GRACE_S, say)
         if tracker is not None:
-            tracker.close(failed=failed, goes_on=goes_on, timeout_s=MLFLOW_S if goes_on else CLOSE_S)
-        if failed and folder.abandon():
+            tracker.close(ended, timeout_s=MLFLOW_S if ended == "preempted" else CLOSE_S)
+        if ended in ("failed", "interrupted") and folder.abandon():
             log_no_more()
     return 0
 

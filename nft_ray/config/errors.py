@@ -6,6 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 
+from nft_ray.config.secrets import masked
+
 
 def explained(model: type[BaseModel], error: ValidationError, section: str = "") -> str:
     """The first three problems, on one line; `section`: where the model stands in the experiment."""
@@ -26,7 +28,8 @@ def one_line(model: type[BaseModel], detail: Any, section: str = "") -> str:
         return message
     if detail["type"] == "missing" or (detail["input"] and isinstance(detail["input"], dict)):  # not a whole section
         return f"{where}: {message}"
-    return f"{where} = {detail['input']!r}: {message}"
+    name = "env_vars" if "env_vars" in path else str(path[-1])
+    return f"{where} = {masked(detail['input'], name)!r}: {message}"
 
 
 def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:

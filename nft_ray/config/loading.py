@@ -16,6 +16,7 @@ from yaml import YAMLError
 from nft_ray.config.composition import compose
 from nft_ray.config.errors import explained
 from nft_ray.config.experiment import ExperimentConfig
+from nft_ray.config.secrets import masked
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -51,10 +52,11 @@ def dump(config: ExperimentConfig) -> str:
 
 
 def resolved(config: ExperimentConfig) -> dict[str, Any]:
-    """The resolved experiment as plain data, defaults of every reward included."""
+    """The resolved experiment as plain data, for people and files: every default is there, every secret masked."""
     data = config.model_dump(mode="json")
     data["rewards"] = {name: section.model_dump(mode="json") for name, section in config.reward_configs.items()}
-    return data
+    found: dict[str, Any] = masked(data)
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -125,7 +125,8 @@ class RewardConfig(RewardUse):
     batch_wait_s: Annotated[float, Mark.PLACEMENT] = Field(default=0.01, ge=0)
     """Seconds that a request waits for others to fill a batch."""
     runtime_env: Annotated[dict[str, Any] | None, Mark.PLACEMENT] = None
-    """Ray runtime environment of the replicas, such as {pip: [paddleocr]}."""
+    """Ray runtime environment of the replicas, such as {pip: [paddleocr]}. Its env_vars are set before the reward is
+    loaded and kept from Ray, whose logs would hold them; not so what a process reads as it starts (LD_*, OMP_*)."""
     py_executable: Annotated[str | None, Mark.PLACEMENT] = None
     """Python of another environment for the replicas. It must hold nft_ray, and the same Ray as here."""
 

@@ -15,8 +15,8 @@ from nft_ray.runs.checkpoint import write_atomically
 from nft_ray.runs.evaluations import load_evaluation
 from nft_ray.runs.export import export_policy
 from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.metrics import METRICS, read_metrics
 from nft_ray.runs.stages import Stage
-from nft_ray.runs.tracking import METRICS, read_metrics
 
 PromptSets = tuple[PromptSet, PromptSet]
 """(train, test)."""

@@ -25,8 +25,8 @@ from nft_ray.runs import report
 from nft_ray.runs.card import model_card, shareable
 from nft_ray.runs.checkpoint import newest_whole, read_ema, whole_checkpoints, write_atomically
 from nft_ray.runs.evaluations import evaluated_epochs, load_evaluation
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.stages import stage_at
-from nft_ray.runs.tracking import read_metrics
 from nft_ray.types import Weights
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -28,7 +28,7 @@ from nft_ray.runs.lock import this_process
 
 IDENTITY, OWNER = "identity", "owner.json"
 SMALL = (
-    *("config.yaml", IDENTITY, "mlflow_run_id.txt", "metrics.jsonl", "summary.json", "configs/*.yaml"),
+    *("config.yaml", IDENTITY, "mlflow_run_id.txt", "metrics.jsonl", "steps.jsonl", "summary.json", "configs/*.yaml"),
     *("evaluations/*.json", "evaluations/*.npz", "stages/*/evaluations/*.json", "stages/*/evaluations/*.npz"),
 )
 Best = Callable[[Collection[int]], int | None]

@@ -14,6 +14,7 @@ from nft_ray.local import LocalSamplers
 from nft_ray.runs import tracking
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.evaluations import evaluated_epochs
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.types import Rollout, RolloutRequest
 from tests.examples import QUICKSTART, SMALL
 
@@ -48,7 +49,7 @@ def test_a_stopped_run_goes_on_as_the_marks_say(
     assert "going on after epoch 1" in capsys.readouterr().out
     assert not [record for record in caplog.records if record.name.startswith("nft_ray.runs.checkpoint")]
     assert whole_checkpoints(run / "checkpoints")[-1].name == "epoch-000002"
-    assert [line["epoch"] for line in tracking.read_metrics(run)] == [0, 1, 2]
+    assert [line["epoch"] for line in read_metrics(run)] == [0, 1, 2]
     workers = [yaml.safe_load(file.read_text())["learner"]["num_workers"] for file in sorted(run.glob("configs/*"))]
     assert workers == [2, 1]
     assert [file.name for file in sorted(run.glob("configs/*"))] == ["epoch-000000.yaml", "epoch-000001.yaml"]
@@ -84,7 +85,7 @@ def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
     assert whole_checkpoints(run / "checkpoints")[-1] == checkpoint
     assert evaluated_epochs(run) == [0, 2]
     assert (run / "table.txt").read_text() in capsys.readouterr().out
-    last = tracking.read_metrics(run)[-1]
+    last = read_metrics(run)[-1]
     assert last["epoch"] == 2
     assert {name.split("/")[0] for name in last} >= {"eval", "rollout", "reward", "nft", "time"}
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
@@ -105,7 +106,7 @@ def test_told_to_end_at_an_earlier_checkpoint_it_evaluates_there_and_reports(
 
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
     assert evaluated_epochs(run) == [0, 2, 3]
-    assert [line["epoch"] for line in tracking.read_metrics(run)] == [0, 1, 2]
+    assert [line["epoch"] for line in read_metrics(run)] == [0, 1, 2]
     assert json.loads((run / "summary.json").read_text())["epochs"] == 2
     assert "epoch-000003 is put aside as epoch-000003.beyond" in caplog.text
     capsys.readouterr()

@@ -14,7 +14,8 @@ import pytest
 
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.folder import RunFolder
-from nft_ray.runs.tracking import RunTracker, read_metrics
+from nft_ray.runs.metrics import read_metrics
+from nft_ray.runs.tracking import RunTracker
 from tests.command_line import NO_MLFLOW, REPO, environment, killed_after, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL, few_lines
 

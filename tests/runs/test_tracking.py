@@ -1,51 +1,31 @@
 """metrics.jsonl and MLflow: complete, never twice, never in the way of training."""
 
-import json
 import logging
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.runs import tracking
-from nft_ray.runs.tracking import RunTracker, flattened, ui_command
+from nft_ray.runs.ledger import Ended, read_ledger
+from nft_ray.runs.metrics import Metrics
+from nft_ray.runs.mlflow_run import MlflowRun
+from nft_ray.runs.tracking import RunTracker, ui_command
 from nft_ray.types import EvalResult
 from tests.examples import example_config
-
-UNUSABLE = "tracking.uri=no-such-store://nowhere"
-FULL_S = 120.0
-"""The first use of MLflow imports it and creates its tables: 11 s on an idle machine."""
+from tests.runs.tracked import FULL_S, UNUSABLE, abandon, begun, evaluation, lines, train
 
 
-def evaluation(value: float, color: int = 0) -> EvalResult:
-    images = {line: np.full((32, 32, 3), color, dtype=np.uint8) for line in (0, 3)}
-    return EvalResult(metrics={"geneval/strict": value}, counts={"geneval/strict": 6}, images=images, seconds=0.5)
-
-
-def steps(epoch: int) -> tuple[dict[str, float], ...]:
-    """Two optimizer steps per epoch."""
-    return tuple({"nft/loss": 0.1 * n, "nft/optimizer_step": float(n)} for n in (2 * epoch - 1, 2 * epoch))
-
-
-def train(tracker: RunTracker, epochs: range) -> None:
-    """What the trainer does: the evaluation of an epoch comes before the epoch."""
-    if epochs.start == 1:
-        tracker.log_evaluation(0, evaluation(0.5))
-    for epoch in epochs:
-        if epoch % 2 == 0:
-            tracker.log_evaluation(epoch, evaluation(0.5 + epoch / 100, color=epoch))
-        tracker.log_epoch(epoch, {"reward/total": epoch / 10, "nft/loss": float("nan")}, steps(epoch))
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def abandoned() -> Iterator[None]:
+    """No thread outlives its test."""
+    yield
+    abandon()
 
 
 class TestJsonl:
@@ -57,7 +37,7 @@ class TestJsonl:
 
     def test_one_line_per_epoch_with_its_evaluation(self, tmp_path: Path, config: ExperimentConfig) -> None:
         before = time.time()
-        train(RunTracker(tmp_path, config), range(1, 4))
+        train(begun(tmp_path, config), range(1, 4))
         found = lines(tmp_path)
         assert all(before <= line.pop("time") <= time.time() for line in found)
         assert found == [
@@ -68,8 +48,8 @@ class TestJsonl:
         ]
 
     def test_the_base_on_the_lines_of_every_stage_is_one_line(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        train(RunTracker(tmp_path, config), range(1, 3))
-        tracker = RunTracker(tmp_path, config, start_epoch=2)  # a stage begins, in another process
+        train(begun(tmp_path, config), range(1, 3))
+        tracker = begun(tmp_path, config, epoch=2)  # a stage begins, in another process
         for value in (0.25, 0.75):
             tracker.log_evaluation(0, EvalResult(metrics={"ocr": value}, counts={"ocr": 6}, images={}, seconds=0.5))
         tracker.log_epoch(3, {"reward/total": 1.0}, ())
@@ -79,47 +59,47 @@ class TestJsonl:
         assert (found[0]["eval/geneval/strict"], found[0]["eval/ocr"]) == (0.5, 0.75)
 
     def test_nan_and_infinity_are_null(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        RunTracker(tmp_path, config).log_epoch(1, {"a": float("nan"), "b": float("-inf"), "c": 1.5}, ())
+        begun(tmp_path, config).log_epoch(1, {"a": float("nan"), "b": float("-inf"), "c": 1.5}, ())
         text = (tmp_path / "metrics.jsonl").read_text()
         assert "NaN" not in text
         assert "Infinity" not in text
         assert [lines(tmp_path)[0][name] for name in "abc"] == [None, None, 1.5]
 
     def test_resume_drops_what_lies_behind_the_checkpoint(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        train(RunTracker(tmp_path, config), range(1, 6))
-        resumed = RunTracker(tmp_path, config, start_epoch=2)
+        train(begun(tmp_path, config), range(1, 6))
+        resumed = begun(tmp_path, config, epoch=2)
         assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2]
         train(resumed, range(3, 7))
         assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
         assert [line["epoch"] for line in lines(tmp_path) if "eval/geneval/strict" in line] == [0, 2, 4, 6]
 
     def test_a_restart_before_the_first_checkpoint_begins_anew(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        train(RunTracker(tmp_path, config), range(1, 3))
-        train(RunTracker(tmp_path, config), range(1, 2))
+        train(begun(tmp_path, config), range(1, 3))
+        train(begun(tmp_path, config), range(1, 2))
         assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
 
     def test_a_line_that_a_kill_cut_off_is_dropped(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        train(RunTracker(tmp_path, config), range(1, 3))
+        train(begun(tmp_path, config), range(1, 3))
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"epoch": 3, "rew')
-        train(RunTracker(tmp_path, config, start_epoch=2), range(3, 4))
+        train(begun(tmp_path, config, epoch=2), range(3, 4))
         assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
 
     def test_the_same_epoch_again_replaces_its_line(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        tracker = RunTracker(tmp_path, config)
+        tracker = begun(tmp_path, config)
         for value in (1.0, 2.0):
             tracker.log_epoch(1, {"a": value}, ())
         assert [(line["epoch"], line["a"]) for line in lines(tmp_path)] == [(1, 2.0)]
 
     def test_the_same_epoch_again_drops_the_later_lines(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        tracker = RunTracker(tmp_path, config)
+        tracker = begun(tmp_path, config)
         train(tracker, range(1, 6))
         tracker.log_epoch(3, {"a": 1.0}, ())
         assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
         assert lines(tmp_path)[3]["a"] == 1.0
 
     def test_rewind_drops_later_lines_and_what_waits_for_them(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        tracker = RunTracker(tmp_path, config)
+        tracker = begun(tmp_path, config)
         train(tracker, range(1, 6))
         tracker.log_evaluation(6, evaluation(0.9))
         tracker.log_late(6, {"reward/ocr": 0.5})
@@ -131,7 +111,7 @@ class TestJsonl:
         assert lines(tmp_path)[-1].keys() == {"epoch", "time", "a"}
 
     def test_late_figures_are_added_to_the_line_of_their_epoch(self, tmp_path: Path, config: ExperimentConfig) -> None:
-        tracker = RunTracker(tmp_path, config)
+        tracker = begun(tmp_path, config)
         tracker.log_late(2, {"reward/early": 0.5})  # before its epoch is logged
         train(tracker, range(1, 4))
         before = lines(tmp_path)
@@ -142,7 +122,7 @@ class TestJsonl:
     def test_an_evaluation_whose_epoch_never_finished_is_not_in_the_file(
         self, tmp_path: Path, config: ExperimentConfig
     ) -> None:
-        tracker = RunTracker(tmp_path, config)
+        tracker = begun(tmp_path, config)
         tracker.log_evaluation(0, evaluation(0.5))
         tracker.log_evaluation(1, evaluation(0.6))
         assert [line["epoch"] for line in lines(tmp_path)] == [0]
@@ -150,7 +130,7 @@ class TestJsonl:
 
 class TestFailingMlflow:
     def test_is_one_warning_and_the_lines_go_on(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        tracker = RunTracker(tmp_path, example_config(UNUSABLE))
+        tracker = begun(tmp_path, example_config(UNUSABLE))
         with caplog.at_level(logging.WARNING, logger="nft_ray"):
             train(tracker, range(1, 6))
             tracker.close(timeout_s=FULL_S)
@@ -166,8 +146,8 @@ class TestFailingMlflow:
     def test_a_slow_one_delays_neither_training_nor_the_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(tracking._MlflowRun, "connect", lambda run: time.sleep(20))
-        tracker = RunTracker(tmp_path, example_config())
+        monkeypatch.setattr(MlflowRun, "connect", lambda run: time.sleep(20))
+        tracker = begun(tmp_path, example_config())
         started = time.monotonic()
         train(tracker, range(1, 20))
         assert time.monotonic() - started < 2
@@ -176,31 +156,78 @@ class TestFailingMlflow:
             tracker.close(timeout_s=0.2)
         assert time.monotonic() - started < 4
         assert "did not take everything within 0 s" in caplog.text
+        assert f"`nft-ray track {tmp_path}` delivers what MLflow lacks" in caplog.text
 
-    def test_a_call_that_fails_once_is_tried_again(
+    def test_one_that_answers_again_gets_everything_with_a_line_for_each_turn(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        seen: list[int] = []
+        caplog.set_level(logging.INFO, logger="nft_ray")
+        stand_in = StandIn(monkeypatch)
+        tracker = begun(tmp_path, example_config())
+        stand_in.wait_for(1)
+        stand_in.away = True
+        train(tracker, range(1, 4))
+        stand_in.wait_for(3)  # tried again and again
+        stand_in.away = False
+        tracker.close(timeout_s=10)
+        assert stand_in.sent == [0, 1, 2, 3]
+        assert stand_in.status == "FINISHED"
+        away, again = [record.getMessage() for record in caplog.records]
+        assert "the server is away; metrics.jsonl goes on" in away
+        assert "answers again, and has everything" in again
 
-        def log_line(run: Any, line: dict[str, Any]) -> None:
-            seen.append(line["epoch"])
-            if len(seen) == 1:
-                raise OSError("database is locked")
 
-        monkeypatch.setattr(tracking, "RETRY_DELAYS_S", (0.0, 0.0))
-        monkeypatch.setattr(tracking._MlflowRun, "connect", lambda run: None)
-        monkeypatch.setattr(tracking._MlflowRun, "log_line", log_line)
-        monkeypatch.setattr(tracking._MlflowRun, "log_steps", lambda run, steps: None)
-        monkeypatch.setattr(tracking._MlflowRun, "end", lambda run, status: None)
-        tracker = RunTracker(tmp_path, example_config())
-        for epoch in (1, 2):
-            tracker.log_epoch(epoch, {}, ())
-        deadline = time.monotonic() + 10
-        while len(seen) < 3 and time.monotonic() < deadline:
+class StandIn:
+    """Instead of MlflowRun's own methods: an MLflow that is there or away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away, self.tries, self.status = False, 0, "none"
+        self.sent: list[int] = []
+        monkeypatch.setattr(tracking, "RETRY_DELAYS_S", (0.0,))
+        monkeypatch.setattr(tracking, "AGAIN_S", 0.01)
+        monkeypatch.setattr(MlflowRun, "connect", lambda run: None)
+        monkeypatch.setattr(MlflowRun, "status", property(lambda run: self.status))
+        monkeypatch.setattr(MlflowRun, "set_status", lambda run, status: setattr(self, "status", status))
+        monkeypatch.setattr(MlflowRun, "deliver", lambda run, metrics, artifacts: self.deliver(metrics))
+
+    def deliver(self, metrics: Metrics) -> None:
+        self.tries += 1
+        if self.away:
+            raise OSError("the server is away")
+        self.sent = [line["epoch"] for line in metrics.lines]
+
+    def wait_for(self, tries: int) -> None:
+        """Until so many more deliveries were tried."""
+        goal, deadline = self.tries + tries, time.monotonic() + 10
+        while self.tries < goal and time.monotonic() < deadline:
             time.sleep(0.01)
-        tracker.close()
-        assert seen == [1, 1, 2]
-        assert caplog.text == ""
+        assert self.tries >= goal
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [("finished", "FINISHED"), ("preempted", "RUNNING"), ("interrupted", "KILLED"), ("failed", "FAILED")],
+)
+def test_how_a_run_ended_is_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended, status: str
+) -> None:
+    stand_in = StandIn(monkeypatch)
+    begun(tmp_path, example_config()).close(ended)
+    assert stand_in.status == status
+    assert read_ledger(tmp_path).ended == ended
+
+
+def test_nothing_is_touched_before_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn(monkeypatch)
+    live = begun(tmp_path, example_config())
+    train(live, range(1, 4))
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    RunTracker(tmp_path, example_config()).close("failed")  # a second start that was refused
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    live.close()
+    assert stand_in.status == "FINISHED"
+    assert not RunTracker(tmp_path / "new", example_config()).close("failed")
+    assert not (tmp_path / "new").exists()
 
 
 def test_importing_the_module_imports_no_mlflow() -> None:
@@ -215,127 +242,3 @@ def test_ui_command_names_the_shared_database_or_the_server(tmp_path: Path) -> N
     assert shutil.which(program)
     assert ui_command(example_config("tracking.uri=http://host:5000"), tmp_path) == "http://host:5000"
     assert "'sqlite:///" in ui_command(example_config(), tmp_path / "a b")
-
-
-def test_flattened_keeps_every_leaf_as_text() -> None:
-    data = {"a": {"b": 1, "c": {"d": None}}, "e": [1, 2], "f": "x", "g": {}}
-    assert dict(flattened(data)) == {"a.b": "1", "a.c.d": "null", "e": "[1, 2]", "f": "x", "g": "{}"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder of runs, and so one database, for all tests below: its tables take 8 s."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def first(root: Path) -> tuple[Path, ExperimentConfig, float]:
-    """A run of 5 epochs with its artifacts; the seconds are those of all log calls together."""
-    folder, config = root / "first", example_config("run.name=first", "run.num_epochs=5")
-    tracker = RunTracker(folder, config)
-    started = time.monotonic()
-    train(tracker, range(1, 6))
-    seconds = time.monotonic() - started
-    (folder / "lora").mkdir()
-    (folder / "lora" / "weights.txt").write_text("w")
-    (folder / "picture.png").write_text("p")
-    tracker.log_artifacts([folder / "lora", folder / "picture.png"])
-    tracker.close(timeout_s=FULL_S)
-    return folder, config, seconds
-
-
-@pytest.fixture
-def client(root: Path, first: tuple[Path, ExperimentConfig, float]) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-
-
-def the_run(client: Any, name: str) -> Any:
-    experiment = client.get_experiment_by_name("nft_ray")
-    (run,) = client.search_runs([experiment.experiment_id], filter_string=f"attributes.run_name = '{name}'")
-    return run
-
-
-def history(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
-    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
-
-
-def test_a_run_has_metrics_parameters_and_status(client: Any, first: tuple[Path, ExperimentConfig, float]) -> None:
-    folder, _, seconds = first
-    run = the_run(client, "first")
-    assert seconds < 2, "logging waited for the tables of MLflow"
-    assert run.info.status == "FINISHED"
-    assert (folder / "mlflow_run_id.txt").read_text().strip() == run.info.run_id
-    assert history(client, run.info.run_id, "reward/total") == [(e, e / 10) for e in range(1, 6)]
-    assert history(client, run.info.run_id, "step/nft/loss") == [(n, 0.1 * n) for n in range(1, 11)]
-    assert history(client, run.info.run_id, "eval/geneval/strict") == [(0, 0.5), (2, 0.52), (4, 0.54)]
-    assert "nft/loss" not in run.data.metrics  # NaN
-    assert run.data.params["run.num_epochs"] == "5"
-    assert run.data.params["rewards.geneval.detector"] == "shapes"
-    assert run.data.params["learner.betas"] == "[0.9, 0.999]"
-
-
-def test_artifacts_lie_beside_the_database(
-    client: Any, root: Path, first: tuple[Path, ExperimentConfig, float]
-) -> None:
-    run_id = the_run(client, "first").info.run_id
-    assert {"config.yaml", "images", "lora", "picture.png"} <= {file.path for file in client.list_artifacts(run_id)}
-    assert [file.path for file in client.list_artifacts(run_id, "lora")] == ["lora/weights.txt"]
-    assert len(list((root / "mlflow-artifacts").rglob("weights.txt"))) == 1
-    pictures = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
-    assert sorted(int(path.split("+")[2]) for path in pictures) == [0, 2, 4]
-
-
-def test_resume_goes_on_in_the_same_run_and_appends_nothing_twice(
-    client: Any, root: Path, first: tuple[Path, ExperimentConfig, float]
-) -> None:
-    folder = root / "resumed"
-    before = RunTracker(folder, example_config("run.name=resumed", "run.num_epochs=5"))
-    train(before, range(1, 6))  # killed after epoch 5; the checkpoint is of epoch 2
-    before.close(failed=True, timeout_s=FULL_S)
-    assert the_run(client, "resumed").info.status == "FAILED"
-    after = RunTracker(folder, example_config("run.name=resumed", "run.num_epochs=8"), start_epoch=2)
-    train(after, range(3, 9))
-    after.close(timeout_s=FULL_S)
-    run = the_run(client, "resumed")  # one run of that name
-    assert before.run_id == after.run_id == run.info.run_id
-    assert run.info.status == "FINISHED"
-    for key, expected in {"reward/total": range(1, 9), "step/nft/loss": range(1, 17)}.items():
-        assert Counter(step for step, _ in history(client, run.info.run_id, key)) == Counter(expected)
-    assert [step for step, _ in history(client, run.info.run_id, "eval/geneval/strict")] == [0, 2, 4, 6, 8]
-    pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
-    assert sorted(int(path.split("+")[2]) for path in pictures) == [0, 2, 4, 6, 8]
-    assert run.data.params["run.num_epochs"] == "5"  # MLflow lets no parameter change
-
-
-def test_a_run_that_mlflow_lost_is_made_again_with_all_its_epochs(
-    client: Any, root: Path, first: tuple[Path, ExperimentConfig, float]
-) -> None:
-    folder, config = root / "moved", example_config("run.name=moved")
-    before = RunTracker(folder, example_config("run.name=moved", UNUSABLE))
-    train(before, range(1, 4))
-    before.close(timeout_s=0)
-    after = RunTracker(folder, config, run_id="0" * 32, start_epoch=3)
-    train(after, range(4, 5))
-    after.close(timeout_s=FULL_S)
-    run = the_run(client, "moved")
-    assert after.run_id == run.info.run_id != "0" * 32
-    assert [step for step, _ in history(client, run.info.run_id, "reward/total")] == [1, 2, 3, 4]
-
-
-def test_names_and_values_beyond_the_limits_of_mlflow_are_taken(
-    client: Any, root: Path, first: tuple[Path, ExperimentConfig, float], caplog: pytest.LogCaptureFixture
-) -> None:
-    targets = ",".join(f"layer_{i}_{'x' * 60}" for i in range(120))
-    tracker = RunTracker(root / "odd", example_config("run.name=odd", f"model.lora.targets=[{targets}]"))
-    many = {f"reward/{i}": 1.0 for i in range(1500)}
-    tracker.log_epoch(1, {"eval/a tag (hard)!": 0.5, "y" * 300: 1.0} | many, ())
-    tracker.close(timeout_s=FULL_S)
-    run = the_run(client, "odd")
-    own = [record.getMessage() for record in caplog.records if UNUSABLE.partition("=")[2] not in record.getMessage()]
-    assert own == []  # a tracker of another test, which was not waited for, may still warn of its own store
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics["eval/a tag _hard__"] == 0.5
-    assert len(run.data.metrics) == 1502
-    assert len(run.data.params["model.lora.targets"]) == 6000
