@@ -41,7 +41,7 @@ def show_what_we_write() -> None:
 if "CKPT_CHAOS_WATCH" in os.environ:
     show_what_we_write()
 
-from nft_ray.runs.checkpoint import RunFolder  # noqa: E402
+from nft_ray.runs.folder import RunFolder  # noqa: E402
 from nft_ray.types import AdapterWeights, LearnerState, Weights  # noqa: E402
 from tests.examples import example_config  # noqa: E402
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from nft_ray.models.lora import read_lora
 from nft_ray.prompts.draw import load_prompts
 from nft_ray.rewards.base import check_lines, reward_config
-from nft_ray.runs.checkpoint import RunFolder
+from nft_ray.runs.folder import RunFolder
 from tests.examples import example_config
 from tests.fuzz.strategies import changed, damaged, one_line
 from tests.runs.states import learner_state
