@@ -43,7 +43,7 @@ class HttpError(Exception):
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
-        self.status, self.reason = status, reason
+        self.status, self.reason = status, " ".join(reason.split())  # a key of the request may hold line breaks
 
 
 class _Body(BaseModel):
@@ -68,8 +68,8 @@ def check_head(method: str, headers: Mapping[str, str], http: HttpConfig) -> Non
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HttpError(415, "the body is no JSON: send the header `Content-Type: application/json`")
     length = headers.get("content-length", "")
-    if length.isdigit():
-        check_size(int(length))
+    if length.isascii() and length.isdigit():  # a superscript two is a digit, and no number
+        check_size(int(length[:20]))
 
 
 async def read(pieces: AsyncIterable[bytes]) -> bytes:

@@ -4,6 +4,8 @@ CHAOS_TABLE=FILE    where `make chaos` wants the table
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("chaos")
+
+
+def pytest_sessionstart() -> None:
+    """What a test has started ends with it, also when the whole suite is told to stop."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", 143))
 
 
 @pytest.fixture(scope="session")
