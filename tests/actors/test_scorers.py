@@ -147,6 +147,16 @@ def test_a_value_error_of_the_reward_is_the_users(plane: Plane) -> None:
 def test_lost_images_are_no_missing_reward(plane: Plane) -> None:
     """Their owner dies, as with the node of a sampler."""
     import ray
+    from ray.exceptions import GetTimeoutError, ObjectLostError
+
+    def is_lost(images: Any) -> bool:
+        try:
+            ray.get(images, timeout=0.5)
+        except ObjectLostError:
+            return True
+        except GetTimeoutError:
+            pass
+        return False
 
     @ray.remote(num_cpus=0)
     class Owner:
@@ -157,6 +167,7 @@ def test_lost_images_are_no_missing_reward(plane: Plane) -> None:
         request, owner = fake_request(0, 700), Owner.remote()
         (images,) = await owner.images.remote()
         ray.kill(owner)
+        until(lambda: is_lost(images))
         await plane.scorers.score(request, dataclasses.replace(rollout(request), images=images))
 
     missing = dict(plane.scorers.num_missing)

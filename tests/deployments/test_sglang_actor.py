@@ -122,10 +122,8 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: Lo
     from tests.fakes import fake_config
 
     server = stand_in.config(num_gpus=0, num_cpus=0.1).model_dump(mode="json")
-    config = fake_config(
-        rewards={"unified_reward": {"server": server, "num_cpus": 0.1, "timeout_s": 20, "deadline_s": 30}}
-    )
-    names = asyncio.run(deploy(config))
+    section = {"server": server, "num_cpus": 0.1, "timeout_s": 2, "deadline_s": 3, "backoff_s": 0.1}
+    names = asyncio.run(deploy(fake_config(rewards={"unified_reward": section})))
     try:
         assert scored(names["unified_reward"]) == pytest.approx([0.8])  # "Final Score: 4"
         first = stand_in.alive()
@@ -135,7 +133,7 @@ def test_a_reward_with_a_server_is_scored_by_it_and_takes_it_along(local_ray: Lo
         os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
         until(lambda: not any(map(is_alive, first)) and len(stand_in.alive()) == 2)
         until(lambda: ray.get(actor.status.remote()).state == "running" and ray.get(actor.url.remote()) != url)
-        until(lambda: scored(names["unified_reward"], value=7) == pytest.approx([0.8]))
+        until(lambda: scored(names["unified_reward"], value=7) == pytest.approx([0.8]), timeout_s=40)
     finally:
         delete(list(names.values()))
     until(lambda: not stand_in.alive())
