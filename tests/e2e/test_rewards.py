@@ -176,7 +176,9 @@ def test_a_run_killed_with_9_goes_on_by_the_same_command_beside_a_run_of_another
     first.kill()
     first.communicate()
     assert [state["name"] for state in status(local_ray)] == ["killed/geneval"]
-    again, other = start(*command), start(*train(tmp_path, "other", "run.num_epochs=2", *small))
+    before, again = len(metrics.read_text().splitlines()), start(*command)
+    until(lambda: len(metrics.read_text().splitlines()) > before, timeout_s=100)  # else the other one would collect it
+    other = start(*train(tmp_path, "other", "run.num_epochs=2", *small))
     said = {process: process.communicate(timeout=120)[1] for process in (again, other)}
     assert (again.returncode, other.returncode) == (0, 0), said
     assert "using killed/geneval again, which an earlier start of this run has left" in said[again]
