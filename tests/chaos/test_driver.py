@@ -17,7 +17,7 @@ from tests.command_line import ray_of_its_own
 
 def killed_and_again(run: Run, event: str, chosen: random.Random, gone: Callable[[], bool] = lambda: True) -> None:
     """kill -9 within the next epochs, then the same command: a row with the seconds to the next finished epoch."""
-    run.reach(run.epoch + chosen.randint(1, 2))
+    run.reach(max(1, run.epoch) + chosen.randint(1, 2))
     run.send(signal.SIGKILL)
     run.end()
     until("what the killed driver started ends by itself", gone, 60)
