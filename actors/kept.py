@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.exceptions import ObjectLostError
 from ray.experimental import get_local_object_locations
 
@@ -36,14 +37,17 @@ class Kept:
 
 
 async def lost(refs: Sequence[Any]) -> list[bool]:
-    """Of each object of this process, whether it is gone. Where a copy is known it is believed, and nothing moves."""
-    places = get_local_object_locations(list(refs))
+    """Of each object of this process, whether it is gone. A copy on another node is believed, and nothing moves.
+
+    Of an object that is lost, Ray puts the error where its copy would be: on this node.
+    """
+    places, here = get_local_object_locations(list(refs)), ray.get_runtime_context().get_node_id()
 
     async def gone(ref: Any) -> bool:
         place = places.get(ref, {})
-        if place.get("node_ids") or place.get("did_spill"):
+        if place.get("did_spill") or any(node != here for node in place.get("node_ids") or ()):
             return False
-        try:  # small, then it is here; or lost, then it says so
+        try:  # small, or a copy that is here; or lost, then it says so
             await waiting(ref, "an object without a place", LOOK_S)
         except ObjectLostError:
             return True

@@ -94,7 +94,7 @@ class Outcome:
 def config() -> ExperimentConfig:
     return fake_config(
         run={"num_epochs": 3, "name": "lost"},
-        cluster={"wait_s": 15},
+        cluster={"wait_s": 60},
         model={"height": 512, "width": 512},  # what is below 100 KB stays with its owner and is never lost
         sampler={"num_cpus": 0.25, "num_workers": 2},
         learner={"num_cpus": 0.7, "num_workers": 2, "min_workers": 1},
