@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         Path(where).write_text(text)
 
 
-MOST_EPOCHS = 60
+MOST_EPOCHS = 500
 
 
 class Calm:

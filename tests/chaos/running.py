@@ -194,10 +194,19 @@ class Run:
         ema = {key.removeprefix("ema/") for key in self.state(num_epochs) if key.startswith("ema/")}
         assert len(self.lora()) == len(ema)
 
-    def once_in_mlflow(self, num_epochs: int) -> None:
-        """MLflow holds every epoch once, in one run that is finished."""
+    def stopped_as(self, calm: Callable[[int], "Run"]) -> int:
+        """SIGTERM, which keeps the last finished epoch: its policy is that of `calm(epochs)`; gives that number."""
+        self.send(signal.SIGTERM)
+        assert self.end(90) == 0, self.said[-3000:]
+        epochs = self.saved
+        self.whole(epochs)
+        assert self.state(epochs) == calm(epochs).state(epochs), "the policy differs from that of the undisturbed run"
+        return epochs
+
+    def once_in_mlflow(self, num_epochs: int, status: str = "FINISHED") -> None:
+        """MLflow holds every epoch once, in one run; one that was stopped to go on is RUNNING there."""
         assert mlflow_steps(self.runs, self.name) == Counter(range(1, num_epochs + 1))
-        assert mlflow_statuses(self.runs, self.name) == ["FINISHED"]
+        assert mlflow_statuses(self.runs, self.name) == [status]
 
 
 def mlflow_steps(runs: Path, name: str, metric: str = "nft/loss") -> Counter[int]:

@@ -33,42 +33,40 @@ def test_a_device_breaks_in_a_sampler_a_learner_or_a_replica(
     ray_cluster: Cluster, scenarios: Scenarios, calm: Calm
 ) -> None:
     """torch's AcceleratorError and OutOfMemoryError, as they come from a card: the worker is replaced."""
-    epochs = 55
-    reference = calm.run(epochs)
-    settings = ("learner.max_restarts=20", "sampler.num_workers=2", f"run.num_epochs={epochs}")
+    settings = ("learner.max_restarts=20", "sampler.num_workers=2", "run.num_epochs=500")
     run = scenarios.run("devices", ray_cluster, *settings).start()
     run.reach(1)
     for _ in range(5):
         for fault, (event, title, ready) in FAULTS.items():
             break_device(ray_cluster, run, fault, event, title, ready)
-    run.same_as(reference, epochs)
+    run.stopped_as(calm.run)
     ray_cluster.nothing_left()
 
 
 @pytest.mark.full
 def test_a_learner_whose_card_is_too_small_is_told_what_to_lower(ray_cluster: Cluster, scenarios: Scenarios) -> None:
     """Once may be an accident. After that it takes smaller micro-batches: the same update, but for its last bits."""
-    epochs = 18
-    run = scenarios.run("memory", ray_cluster, "learner.max_restarts=20", f"run.num_epochs={epochs}").start()
+    run = scenarios.run("memory", ray_cluster, "learner.max_restarts=20", "run.num_epochs=500").start()
     run.reach(1)
     for _ in range(5):
         break_device(ray_cluster, run, "learner-oom", "a learner's card is out of memory", LEARNER, 1)
+    run.send(signal.SIGTERM)
     assert run.end() == 0, run.said[-3000:]
-    run.whole(epochs)
+    run.whole(run.saved)
     assert run.line("micro_batch_size = "), run.said[-3000:]
     ray_cluster.nothing_left()
 
 
 @pytest.mark.full
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(ray_cluster: Cluster, scenarios: Scenarios) -> None:
-    epochs = 14
-    run = scenarios.run("nan", ray_cluster, f"run.num_epochs={epochs}").start()
+    run = scenarios.run("nan", ray_cluster, "run.num_epochs=500").start()
     for _ in range(5):
         run.reach(run.epoch + 2)
         run.hit("a velocity is NaN", lambda _: ray_cluster.order("velocity-nan"), lambda: True)
         run.until("it has happened", lambda: not ray_cluster.ordered("velocity-nan"))
+    run.send(signal.SIGTERM)
     assert run.end() == 0, run.said[-3000:]
-    run.whole(epochs)
+    run.whole(run.saved)
     assert sum(line.get("nft/skipped_steps", 0) for line in run.lines()) == 5, run.lines()
     assert run.line("not finite"), run.said[-3000:]
     assert all(b"nan" not in str(line).encode() for line in run.lines())
@@ -139,11 +137,10 @@ def test_a_worker_that_hangs_is_replaced(
     title: str, event: str, setting: str, ray_cluster: Cluster, scenarios: Scenarios, calm: Calm
 ) -> None:
     """Stopped, not killed: no connection breaks. Its deadline is what finds it, and the log says who it was."""
-    epochs, chosen = 20, random.Random(6)
+    chosen = random.Random(6)
     two = TWO if title == LEARNER else ("learner.num_workers=1",)
-    reference = calm.run_on(ray_cluster, epochs, *TWO) if title == LEARNER else calm.run(epochs)
     more = ("sampler.num_workers=2", "rewards.geneval.num_replicas=2", "scorers.max_attempts=5")
-    run = scenarios.run("hangs", ray_cluster, *two, *more, setting, f"run.num_epochs={epochs}").start()
+    run = scenarios.run("hangs", ray_cluster, *two, *more, setting, "run.num_epochs=500").start()
     run.reach(1)
     for _ in range(5):
         stopped: list[int] = []
@@ -155,5 +152,5 @@ def test_a_worker_that_hangs_is_replaced(
         run.hit(event, stop, lambda: ray_cluster.some(title, 1, chosen))
         if title == REPLICA:  # Serve's own health check replaces it, in a minute or so: wait for no such thing
             kill(stopped, signal.SIGKILL)
-    run.same_as(reference, epochs)
+    run.stopped_as(lambda reached: calm.run_on(ray_cluster, reached, *TWO) if title == LEARNER else calm.run(reached))
     ray_cluster.nothing_left()
