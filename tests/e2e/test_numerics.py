@@ -16,7 +16,7 @@ from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.sampler import SamplerCore
 from nft_ray.rewards.base import Scores
 from nft_ray.runs.folder import RunFolder
-from nft_ray.runs.tracking import read_metrics
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.types import RolloutRequest
 from tests.command_line import NO_MLFLOW, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL, few_lines

@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,13 @@ class TestFailingMlflow:
     def test_a_slow_one_delays_neither_training_nor_the_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(MlflowRun, "connect", lambda run: time.sleep(20))
+        released = threading.Event()
+
+        def slow(run: MlflowRun) -> None:
+            released.wait(20)
+            raise OSError("too late")
+
+        monkeypatch.setattr(MlflowRun, "connect", slow)
         tracker = begun(tmp_path, example_config())
         started = time.monotonic()
         train(tracker, range(1, 20))
@@ -157,6 +164,10 @@ class TestFailingMlflow:
         assert time.monotonic() - started < 4
         assert "did not take everything within 0 s" in caplog.text
         assert f"`nft-ray track {tmp_path}` delivers what MLflow lacks" in caplog.text
+        released.set()
+        for thread in threading.enumerate():  # or it would meet what the next test puts in MLflow's place
+            if thread.name == "mlflow":
+                thread.join(10)
 
     def test_one_that_answers_again_gets_everything_with_a_line_for_each_turn(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
