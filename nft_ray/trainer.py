@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from nft_ray.roles import ObjectsLostError, Roles, StateLostError, Tracker
 from nft_ray.runs.evaluations import evaluated_epochs
 from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.health import Health, NotFiniteError
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.saving import Finished, Saving
 from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup, UpdateResult
 
@@ -62,24 +63,26 @@ class Trainer:
         self.told: set[str] = set()  # what was remarked of a batch; each once
 
     async def run(self) -> None:
-        epoch = await self.restore()
+        begin: Callable[[], Awaitable[int]] = self.restore
         try:
-            await self.evaluate_what_is_missing(epoch)
-            while epoch < self.cfg.run.num_epochs:
+            while True:
                 try:
-                    epoch = await self.train(epoch)
-                except StateLostError as lost:
-                    epoch = await self.recover(lost)
+                    epoch = await begin()
+                    await self.evaluate_what_is_missing(epoch)
+                    await self.train(epoch)
+                    break
+                except StateLostError as lost:  # bounded by learner.max_restarts
+                    begin = partial(self.recover, lost)
                 except NotFiniteError as bad:
-                    epoch = await self.go_back(bad)
+                    begin = partial(self.go_back, bad)
             self.log_late(await self.scorers.drained())
             await self.saving.done()
         except BaseException:
-            await self.saving.keep(self.finished)  # SIGTERM, too: what is finished is not lost
+            await self.saving.keep(self.good)  # SIGTERM, too: what is finished is not lost
             raise
 
-    async def train(self, start: int) -> int:
-        """Every epoch that is left after `start` finished ones; returns how many are finished then."""
+    async def train(self, start: int) -> None:
+        """Every epoch that is left after `start` finished ones."""
         rollouts: deque[asyncio.Task[list[ScoredGroup]]] = deque()
         next_epoch = start
         try:
@@ -100,14 +103,14 @@ class Trainer:
                 self.log_late(late)
                 self.finished = finished or self.finished
                 good = self.health.check(epoch + 1, groups, batch, update)
-                self.good = self.finished if good else self.good
-                await self.maybe_save(epoch + 1)  # a checkpoint is a finished epoch
+                if good or epoch + 1 == self.cfg.run.num_epochs:
+                    self.good = self.finished
+                    await self.maybe_save(epoch + 1)  # a checkpoint is a finished epoch in which all was finite
                 await self.maybe_evaluate(epoch + 1, update.adapters)
         finally:
             for task in rollouts:
                 task.cancel()
             await asyncio.gather(*rollouts, return_exceptions=True)
-        return self.cfg.run.num_epochs
 
     def log_late(self, late: Mapping[int, dict[str, float]]) -> None:
         """What rewards that only monitor said after their epoch was logged."""
@@ -120,12 +123,14 @@ class Trainer:
         checkpoint = await asyncio.to_thread(self.folder.latest)
         if checkpoint is not None:
             await self.learners.restore(checkpoint.state)
-        return await self.publish(checkpoint.epoch if checkpoint else 0)
+        epoch = checkpoint.epoch if checkpoint else 0
+        self.saving.saved(epoch)
+        return await self.publish(epoch)
 
     async def recover(self, lost: StateLostError) -> int:
         """To the newest finished epoch, whose state is here or in a checkpoint; without one to the beginning."""
         logger.warning("%s; the run goes back to epoch %d", lost, self.finished.epoch if self.finished else 0)
-        await self.saving.keep(self.finished)
+        await self.saving.keep(self.good)
         if self.finished is None:
             return await self.restore()
         await self.learners.restore(self.finished.state)
@@ -134,21 +139,20 @@ class Trainer:
     async def go_back(self, bad: NotFiniteError) -> int:
         """To the last good epoch, with float16's loss scale as it is by now. A second time at one place is the last."""
         if self.good is None or self.finished is None or bad.epoch <= self.went_back_from:
-            raise bad
+            raise RuntimeError(str(bad)) from bad  # not to be answered by going back
         logger.warning("%s; the run goes back to epoch %d, once", bad, self.good.epoch)
         self.went_back_from = bad.epoch
-        await self.saving.done()
         await self.learners.restore(replace(self.good.state, loss_scale=self.finished.state.loss_scale))
         return await self.publish(self.good.epoch)
 
     async def publish(self, epoch: int) -> int:
         """What rollouts may ask for after so many finished epochs, once it is proved that a load is felt."""
         self.tracker.rewind(epoch)
+        self.health.begin(read_metrics(self.folder.path))
         probe, versions = await self.learners.probe(), await self.learners.adapters()
         self.finished = self.good = await self.take_state(epoch)
         for adapters in (probe, *versions):  # learners first, then samplers: they may share devices
             await self.load(adapters)
-        self.saving.saved(epoch)
         return epoch
 
     async def load(self, adapters: Adapters) -> None:

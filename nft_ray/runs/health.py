@@ -6,12 +6,14 @@ a gradient, or most images, not finite  ─► left out; `run.max_skipped_epochs
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nft_ray.config import RunConfig
 from nft_ray.types import Batch, ScoredGroup, UpdateResult
 
 _log = logging.getLogger(__name__)
+FLAT = "reward/groups_without_signal"
 NAMED = 3
 """Prompts that an error names, at most."""
 
@@ -29,15 +31,24 @@ class Health:
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
+        self.begin()
+
+    def begin(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        """The run begins, goes on or goes back, with these lines of metrics.jsonl. RuntimeError as `check`."""
         self._flat = self._skipped = 0
+        for line in lines:
+            self._flat = self._flat + 1 if line.get(FLAT) == 1 else 0
+        if lines and lines[-1]["epoch"] < self._run.num_epochs:
+            self._check_signal(lines[-1]["epoch"])
 
     def check(self, epoch: int, groups: Sequence[ScoredGroup], batch: Batch, update: UpdateResult) -> bool:
         """After `epoch` finished epochs: whether this one was good. RuntimeError where the run should not go on.
 
         NotFiniteError is the one of them that a caller may answer by going back.
         """
-        self._flat = self._flat + 1 if batch.metrics.get("reward/groups_without_signal") == 1 else 0
         bad = not_finite(groups, update)
+        flat = batch.metrics.get(FLAT) == 1 and not bad
+        self._flat = self._flat + 1 if flat else 0
         self._skipped = self._skipped + 1 if bad else 0
         if update.skipped_steps:
             scales = [value for name, value in update.metrics.items() if name.endswith("/loss_scale")]
@@ -51,15 +62,18 @@ class Health:
                 epoch=epoch,
                 last_good=first - 1,
             )
+        self._check_signal(epoch)
+        return not bad
+
+    def _check_signal(self, epoch: int) -> None:
         limit = self._run.max_epochs_without_signal
         if limit is not None and self._flat >= limit:
             raise RuntimeError(
                 f"epochs {epoch - self._flat + 1} to {epoch}: in no group did the reward differ between images, so "
-                "nothing is learned: the policy may have collapsed, or the reward gives everything the same; the best "
-                "evaluated checkpoint is kept (run.max_epochs_without_signal = "
-                f"{limit}; null goes on)"
+                "nothing is learned: the policy may have collapsed, or the reward gives everything the same. Begin "
+                "another run with a lower learner.learning_rate, or go on all the same with "
+                f"run.max_epochs_without_signal=null (it is {limit})"
             )
-        return not bad
 
 
 def not_finite(groups: Sequence[ScoredGroup], update: UpdateResult) -> str:

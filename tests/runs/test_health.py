@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nft_ray.config.sections import RunConfig
-from nft_ray.runs.health import Health, NotFiniteError, not_finite
+from nft_ray.runs.health import FLAT, Health, NotFiniteError, not_finite
 from nft_ray.types import Adapters, Batch, Rewards, RolloutInfo, ScoredGroup, UpdateResult
 from tests.fakes import fake_request
 
@@ -53,3 +53,16 @@ def test_a_skipped_step_is_named_by_whose_loss_it_was(caplog: pytest.LogCaptureF
         "epoch 5: left out, for a gradient was not finite: 2 steps, by 'prompt 1'; float16's loss scale is 0.5 of what "
         "it began with"
     )
+
+
+def test_a_run_that_stopped_without_signal_does_not_go_on_because_it_is_started_again() -> None:
+    run = RunConfig(name="a", max_epochs_without_signal=3, num_epochs=8)
+    lines = [{"epoch": epoch, FLAT: float(epoch > 2)} for epoch in range(6)]
+    with pytest.raises(RuntimeError, match="^epochs 3 to 5: in no group"):
+        Health(run).begin(lines)
+    Health(run.model_copy(update={"max_epochs_without_signal": None})).begin(lines)
+    Health(run.model_copy(update={"num_epochs": 5})).begin(lines)  # only its figures are left
+    health = Health(run)
+    health.begin(lines[:5])
+    with pytest.raises(RuntimeError, match="^epochs 3 to 5: in no group"):
+        health.check(5, groups(()), dataclasses.replace(BATCH, metrics={FLAT: 1.0}), UPDATE)

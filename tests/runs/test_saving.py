@@ -74,6 +74,37 @@ def test_a_save_that_fails_is_raised_by_the_next_call() -> None:
     asyncio.run(run())
 
 
+def test_a_save_that_failed_is_tried_again_by_who_ends_the_run() -> None:
+    folder = SlowFolder(OSError("the disk is full"))
+    folder.go.set()
+
+    async def run(last: int) -> None:
+        save = saving(folder)
+        await save.start(Finished(epoch=1, state=STATE))
+        await asyncio.sleep(0.05)
+        folder.error = None
+        await save.keep(Finished(epoch=last, state=STATE))
+
+    for last in (1, 2):
+        folder.error = OSError("the disk is full")
+        asyncio.run(run(last))
+    assert folder.saved == [1, 2]
+
+
+def test_another_thread_keeps_what_is_finished_once_and_after_what_is_being_written() -> None:
+    folder = SlowFolder()
+
+    async def run() -> None:
+        save = saving(folder)
+        await save.start(Finished(epoch=1, state=STATE))
+        asyncio.get_running_loop().call_later(0.05, folder.go.set)
+        await asyncio.to_thread(save.keep_now, Finished(epoch=2, state=STATE), 5.0)
+        await save.keep(Finished(epoch=2, state=STATE))
+
+    asyncio.run(run())
+    assert folder.saved == [1, 2]
+
+
 @pytest.mark.parametrize(("started", "kept"), [(None, [3]), (2, [2, 3]), (3, [3])])
 def test_what_is_finished_is_kept_by_who_is_cancelled(started: int | None, kept: list[int]) -> None:
     folder = SlowFolder()
