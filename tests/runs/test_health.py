@@ -58,11 +58,11 @@ def test_a_skipped_step_is_named_by_whose_loss_it_was(caplog: pytest.LogCaptureF
 def test_a_run_that_stopped_without_signal_does_not_go_on_because_it_is_started_again() -> None:
     run = RunConfig(name="a", max_epochs_without_signal=3, num_epochs=8)
     lines = [{"epoch": epoch, FLAT: float(epoch > 2)} for epoch in range(6)]
-    with pytest.raises(RuntimeError, match="^epochs 3 to 5: in no group"):
+    with pytest.raises(RuntimeError, match=r"^epochs 3 to 5: in no group"):
         Health(run).begin(lines)
     Health(run.model_copy(update={"max_epochs_without_signal": None})).begin(lines)
     Health(run.model_copy(update={"num_epochs": 5})).begin(lines)  # only its figures are left
     health = Health(run)
     health.begin(lines[:5])
-    with pytest.raises(RuntimeError, match="^epochs 3 to 5: in no group"):
+    with pytest.raises(RuntimeError, match=r"^epochs 3 to 5: in no group"):
         health.check(5, groups(()), dataclasses.replace(BATCH, metrics={FLAT: 1.0}), UPDATE)

@@ -18,10 +18,11 @@ class SlowFolder:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.saved: list[int] = []
-        self.go, self.error = threading.Event(), error
+        self.begun, self.go, self.error = threading.Event(), threading.Event(), error
 
     def save(self, epoch: int, state: Any) -> Path:
         assert state is STATE
+        self.begun.set()
         assert self.go.wait(10)
         if self.error is not None:
             raise self.error
