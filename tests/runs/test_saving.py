@@ -98,6 +98,8 @@ def test_another_thread_keeps_what_is_finished_once_and_after_what_is_being_writ
     async def run() -> None:
         save = saving(folder)
         await save.start(Finished(epoch=1, state=STATE))
+        while not folder.begun.is_set():
+            await asyncio.sleep(0.01)
         asyncio.get_running_loop().call_later(0.05, folder.go.set)
         await asyncio.to_thread(save.keep_now, Finished(epoch=2, state=STATE), 5.0)
         await save.keep(Finished(epoch=2, state=STATE))
