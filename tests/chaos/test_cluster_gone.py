@@ -16,11 +16,11 @@ ENDED_BY_THE_WORLD = 75
 @pytest.mark.parametrize(
     ("program", "times"),
     [
-        ("gcs_server", 1),
-        pytest.param("gcs_server", 4, marks=pytest.mark.full, id="gcs_server-again"),
-        pytest.param("raylet", 5, marks=pytest.mark.full),
+        ("gcs_server", 5),
+        ("raylet", 5),
     ],
 )
+@pytest.mark.full
 def test_the_head_is_lost_and_the_same_command_finishes_on_another(
     program: str, times: int, scenarios: Scenarios, calm: Calm
 ) -> None:

@@ -59,7 +59,9 @@ def until_a_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("joined", [False, True], ids=["gcs-of-its-own-ray", "whole-head-joined"])
+@pytest.mark.parametrize(
+    "joined", [False, pytest.param(True, marks=pytest.mark.full)], ids=["gcs-of-its-own-ray", "whole-head-joined"]
+)
 def test_a_lost_head_ends_the_run_with_one_line_that_says_what_to_do(
     joined: bool, home: dict[str, str], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_two_nodes_of_one_cpu_have_no_room_for_the_fifth_piece_of_four_tenths(
     assert "deploying" not in done.stdout
 
 
+@pytest.mark.full
 def test_a_cluster_without_a_node_for_it_grows_and_the_run_goes_on(home: dict[str, str], tmp_path: Path) -> None:
     """The autoscaler is Ray's own; its nodes are raylets on this machine. `ray up` leaves its file in the home."""
     port = free_port()
@@ -156,6 +157,7 @@ def tmpfs(folder: Path, mib: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mib", [1000, 20])
 def test_what_the_store_does_not_hold_is_spilled_until_the_disk_is_full(
     mib: int, home: dict[str, str], tmp_path: Path
