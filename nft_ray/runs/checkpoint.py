@@ -197,6 +197,14 @@ def promote_partial(folder: Path) -> None:
             _log.warning("checkpoint %s: its save was killed when all was written; it is whole", target)
 
 
+def put_aside(path: Path, suffix: str) -> Path:
+    """PATH.damaged or PATH.beyond, in place of what has that name; it is no checkpoint any more."""
+    aside = path.with_name(f"{path.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what a run depends on, without importing any of it; `commit` where nft_ray runs from a checkout."""
     found = {"python": platform.python_version()}

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from nft_ray.config import ExperimentConfig, changes, differences, dump, mark_of, parse, resolved
+from nft_ray.config import ExperimentConfig, changes, dump, parse, resolved
 from nft_ray.runs.checkpoint import (
     BEYOND,
     DAMAGED,
@@ -35,18 +35,19 @@ from nft_ray.runs.checkpoint import (
     facts_of,
     name_of,
     promote_partial,
+    put_aside,
     read_checkpoint,
     write_atomically,
     write_checkpoint,
 )
 from nft_ray.runs.evaluations import figures
+from nft_ray.runs.experiment import CONFIG, completed, differing, experiment_in, experiment_of
 from nft_ray.runs.lock import RunLock
 from nft_ray.runs.remote import IDENTITY, Remote
 from nft_ray.types import LearnerState, Mark
 
 SHOWN = 8
 """Keys that an error or a warning names, at most."""
-CONFIG = "config.yaml"
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,7 @@ class RunFolder:
         before = self._before()
         if overwrite:
             self._move_aside("--overwrite")
-        elif before is not None and self._is_blank() and self._differs(before, config):
+        elif before is not None and self._is_blank() and differing(before, config):
             self._move_aside("no epoch was finished with its settings, which were others")
         self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -225,30 +226,17 @@ class RunFolder:
         """The experiment that is here, or at the URL. ValueError, one line, where it cannot be read."""
         if not (self.path / CONFIG).exists():
             text = self.remote.config_text() if self.remote else None
-            there = _mapping(text) if text else None
-            return _completed(there) if there else None
-        for path in [self.path / CONFIG, *sorted((self.path / "configs").glob("*.yaml"), reverse=True)]:
-            if found := _mapping(_text(path)):
-                if path.name != CONFIG:
-                    _log.warning("%s cannot be read: %s is taken for it", self.path / CONFIG, path)
-                return _completed(found)
-        raise ValueError(
-            f"{self.path / CONFIG}: holds no experiment (it is empty or was cut off); put it back, or begin anew with "
-            "--overwrite, which keeps what is there"
-        )
+            return experiment_in(text) if text else None
+        return experiment_of(self.path)
 
     def _check_same(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
         after = resolved(config)
-        if others := self._differs(before, config):
+        if others := differing(before, config):
             raise ValueError(
                 f"run {config.run.name} exists in {self.path} with another config (differs in: "
                 f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
                 "replace that run with --overwrite"
             )
-
-    @staticmethod
-    def _differs(before: Mapping[str, Any], config: ExperimentConfig, mark: Mark = Mark.RESULT) -> list[str]:
-        return [key for key in differences(before, resolved(config)) if mark_of(config, key) is mark]
 
     def _check_overwritten(self) -> None:
         """Only what is the folder of a run is replaced."""
@@ -279,17 +267,13 @@ class RunFolder:
         promote_partial(self.checkpoints)
         for path in checkpoint_folders(self.checkpoints):
             if self._last is not None and epoch_of(path) > self._last:
-                aside = path.with_name(f"{path.name}{BEYOND}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                aside = put_aside(path, BEYOND)
                 _log.warning("run.num_epochs = %d: %s is put aside as %s", self._last, path, aside.name)
                 continue
             try:
                 self._facts_of_ours(path)
             except DamagedError as error:
-                aside = path.with_name(f"{path.name}{DAMAGED}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                aside = put_aside(path, DAMAGED)
                 _log.warning("checkpoint %s is damaged and put aside as %s: %s", path, aside.name, error)
         if not checkpoint_folders(self.checkpoints) and (lost := list(self.checkpoints.glob(f"*{DAMAGED}"))):
             raise ValueError(
@@ -309,15 +293,15 @@ class RunFolder:
         before, there = self._config, facts.get("config")
         if not run and before is not None and there is not None:  # from before there were identities
             config = parse(before)
-            if others := self._differs(_completed(there), config):
-                what = changes(_completed(there), before, others, most=SHOWN)
+            if others := differing(completed(there), config):
+                what = changes(completed(there), before, others, most=SHOWN)
                 raise DamagedError(f"state.json: is of another experiment (differs in: {what})")
         return facts
 
     def _write_config(self, config: ExperimentConfig) -> None:
         target, history = self.path / CONFIG, self.path / "configs"
         before = self._before()
-        if before is not None and (rounded := self._differs(before, config, Mark.ROUNDING)):
+        if before is not None and (rounded := differing(before, config, Mark.ROUNDING)):
             what = changes(before, resolved(config), rounded, most=SHOWN)
             _log.warning("run %s goes on with other last bits: %s", config.run.name, what)
         history.mkdir(parents=True, exist_ok=True)
@@ -354,23 +338,6 @@ class RunFolder:
             "tracker_run_id": _text(self.path / "mlflow_run_id.txt") or None,
             "config": self._config,
         }
-
-
-def _completed(before: dict[str, Any]) -> dict[str, Any]:
-    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
-    try:
-        return resolved(parse(before))
-    except ValueError:  # of a field that is gone, say: what differs is listed
-        return before
-
-
-def _mapping(text: str) -> dict[str, Any] | None:
-    """None for a text that is no mapping with a `run`."""
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("run"), dict) else None
 
 
 def _text(path: Path) -> str:
