@@ -40,7 +40,7 @@ from nft_ray.runs.checkpoint import (
     write_atomically,
     write_checkpoint,
 )
-from nft_ray.runs.evaluations import figures
+from nft_ray.runs.evaluations import drop_evaluations, figures
 from nft_ray.runs.experiment import CONFIG, completed, differing, experiment_in, experiment_of
 from nft_ray.runs.lock import RunLock
 from nft_ray.runs.remote import IDENTITY, Remote
@@ -96,6 +96,10 @@ class RunFolder:
         """Keep every other process out. ValueError, one line, where one is at work here."""
         with self.lock:
             yield
+
+    def check_lock(self) -> None:
+        """RuntimeError, one line, where another process has taken the run over: nothing may be written any more."""
+        self.lock.check()
 
     def check(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """ValueError where this experiment cannot begin or go on here; writes nothing.
@@ -156,13 +160,27 @@ class RunFolder:
 
         OSError with one line where the disk is full, RuntimeError where another process has taken the run over.
         """
-        self.lock.check()
+        self.check_lock()
         target = self.checkpoints / name_of(epoch)
         write_checkpoint(target, state, self._facts(epoch))
-        self._rotate()
+        self._rotate(target)
         if self.remote:
             self.remote.put(self.path, target, self._best)
         return target
+
+    def drop_after(self, epoch: int) -> None:
+        """The run goes back: newer checkpoints and figures are put aside, at the URL too, and no start finds them.
+
+        As `save`, RuntimeError where another process has taken the run over.
+        """
+        self.check_lock()
+        for path in checkpoint_folders(self.checkpoints):
+            if epoch_of(path) > epoch:
+                aside = put_aside(path, BEYOND)
+                _log.warning("the run goes back to epoch %d: %s is put aside as %s", epoch, path, aside.name)
+        drop_evaluations(self.results, epoch)
+        if self.remote:
+            self.remote.drop_after(self.path, epoch)
 
     def latest(self, before: int | None = None) -> Checkpoint | None:
         """The newest whole checkpoint, of at most `before` epochs, or None; a line in the log about each damaged one.
@@ -312,13 +330,13 @@ class RunFolder:
             write_atomically(history / f"{name_of(done[-1] if done else 0)}.yaml", dump(config))
         write_atomically(target, dump(config))
 
-    def _rotate(self) -> None:
-        """The newest stay, the best that was evaluated, and what is just being sent."""
+    def _rotate(self, written: Path) -> None:
+        """The newest stay, the best that was evaluated, what is just being sent, and what was just written."""
         there = checkpoint_folders(self.checkpoints)
         best = self._best([epoch_of(path) for path in there])
         sending = self.remote.sending if self.remote else None
         for path in there[: -self.keep]:
-            if epoch_of(path) != best and path != sending:
+            if epoch_of(path) != best and path not in (sending, written):
                 shutil.rmtree(path)
 
     def _best(self, epochs: Collection[int]) -> int | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.runs.evaluations import lines_folder, save_evaluation
+from nft_ray.runs.evaluations import evaluated_epochs, lines_folder, save_evaluation
 from nft_ray.runs.folder import RunFolder
 from nft_ray.types import EvalResult
 from tests.examples import example_config
@@ -146,3 +146,46 @@ def test_a_run_that_was_taken_over_saves_no_more(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="was taken over by process"):
             folder.save(2, learner_state(2))
     assert names(folder) == ["epoch-000001"]
+
+
+class TestGoingBack:
+    def test_what_was_given_up_is_found_by_no_start(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Epochs 11 and 12 were not finite: the run goes on from 10, and is killed before it is at 11 again."""
+        folder = RunFolder(tmp_path / "run", metric="geneval/strict")
+        folder.claim(CONFIG)
+        for epoch in (10, 11, 12):
+            folder.save(epoch, learner_state(epoch))
+            save_evaluation(folder.path, epoch, figures_of(epoch))
+        folder.drop_after(10)
+        folder.save(10, learner_state(10))
+        again = RunFolder(tmp_path / "run")
+        again.claim(CONFIG)
+        found = again.latest()
+        assert found is not None
+        assert found.epoch == 10
+        assert names(folder) == ["epoch-000010", "epoch-000011.beyond", "epoch-000012.beyond"]
+        assert evaluated_epochs(folder.path) == [10], "those of 11 and 12 are of a policy that is given up"
+        assert "the run goes back to epoch 10: " in caplog.text
+        assert "epoch-000012 is put aside as epoch-000012.beyond" in caplog.text
+        folder.save(11, learner_state(11))
+        folder.drop_after(10)  # a second time at one place
+        assert names(folder) == ["epoch-000010", "epoch-000011.beyond", "epoch-000012.beyond"]
+
+    def test_what_was_just_written_stays(self, tmp_path: Path) -> None:
+        """Whatever lies there that is newer."""
+        folder = RunFolder(tmp_path, keep=2)
+        for epoch in (10, 11, 12, 9):
+            folder.save(epoch, learner_state(epoch))
+        assert names(folder) == ["epoch-000009", "epoch-000011", "epoch-000012"]
+
+    def test_who_was_taken_over_puts_nothing_aside(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        with folder.locked():
+            folder.save(2, learner_state(2))
+            text = folder.lock.path.read_text()
+            folder.lock.path.write_text(text.replace('"token": "', '"token": "f'))
+            with pytest.raises(RuntimeError, match="was taken over by process"):
+                folder.drop_after(1)
+            with pytest.raises(RuntimeError, match="was taken over by process"):
+                folder.check_lock()
+        assert names(folder) == ["epoch-000002"]

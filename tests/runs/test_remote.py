@@ -260,3 +260,46 @@ def test_the_owner_is_said(tmp_path: Path) -> None:
     machine(tmp_path / "run", url)
     fs, root = fsspec.core.url_to_fs(url)
     assert {"host", "pid", "since"} <= json.loads(fs.cat_file(f"{root}/run/{module.OWNER}")).keys()
+
+
+def test_a_run_that_goes_back_gives_up_the_newer_ones_there_too(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path / "a" / "run", url, keep=3)
+    for epoch in (10, 11, 12):
+        first.save(epoch, learner_state(epoch))
+        sent(first)
+    save_evaluation(first.path, 12, EvalResult(metrics={}, counts={}, images={}, seconds=1.0))
+    sent(first)
+    first.drop_after(10)
+    assert first.remote is not None
+    assert first.remote.epochs() == [10]
+    second = machine(tmp_path / "b" / "run", url)
+    found = second.latest()
+    assert found is not None
+    assert found.epoch == 10
+    assert evaluated_epochs(second.path) == []
+    fs, root = fsspec.core.url_to_fs(f"{url}/run/checkpoints/epoch-000012.beyond")
+    assert {"state.json", "policy.safetensors"} <= {str(path).rpartition("/")[2] for path in fs.ls(root, detail=False)}
+
+
+def test_what_is_given_up_while_it_is_sent_or_waits_never_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    url, go, put = f"memory://{tmp_path.name}/runs", threading.Event(), MemoryFileSystem.put_file
+    folder = machine(tmp_path / "run", url, keep=3)
+    folder.save(10, learner_state(10))
+    sent(folder)
+    slowed(monkeypatch, lambda self, *of, **more: (go.wait(30), put(self, *of, **more))[1])
+    monkeypatch.setattr(module, "DROP_S", 0.05)
+    assert folder.remote is not None
+    folder.save(11, learner_state(11))
+    while folder.remote.sending is None:
+        time.sleep(0.01)
+    folder.save(12, learner_state(12))
+    folder.drop_after(10)
+    assert "still has what came after epoch 10" in caplog.text
+    go.set()
+    sent(folder)
+    assert folder.remote.epochs() == [10]
+    assert "did not reach" not in caplog.text, "nobody misses what was given up"
