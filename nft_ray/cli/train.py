@@ -126,7 +126,10 @@ def _run(
         return 0
     started, ended = time.monotonic(), cast(Ended, "failed")
     tracker: RunTracker | None = None
-    ending = Ending(kept=lambda: what_is_kept(folder), close=lambda: tracker.close("preempted") if tracker else None)
+    ending = Ending(
+        kept=lambda: what_is_kept(folder),
+        close=lambda: tracker.close("preempted") if tracker and not folder.lost else None,
+    )
     try:
         with ExitStack() as stack:
             is_left = [stage.config for stage, _ in stages if overwrite or stage.is_left(folder.path, done)]
@@ -165,7 +168,9 @@ def _run(
         raise
     finally:
         folder.send_all(END_S if ended == "finished" else GRACE_S, say)
-        if tracker is not None:
+        if folder.lost:  # not even MLflow hears how this one ended
+            log_no_more()
+        elif tracker is not None:
             tracker.close(ended, timeout_s=MLFLOW_S if ended == "preempted" else CLOSE_S)
         if ended in ("failed", "interrupted") and folder.abandon():
             log_no_more()

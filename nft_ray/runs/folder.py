@@ -101,6 +101,11 @@ class RunFolder:
         """RuntimeError, one line, where another process has taken the run over: nothing may be written any more."""
         self.lock.check()
 
+    @property
+    def lost(self) -> bool:
+        """Has another process taken the run over? Nothing in it, at its URL or in MLflow is this one's any more."""
+        return self.lock.lost
+
     def check(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """ValueError where this experiment cannot begin or go on here; writes nothing.
 
@@ -150,7 +155,7 @@ class RunFolder:
     def abandon(self) -> bool:
         """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?"""
         worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
-        if not self._made or worked or not self._is_blank():
+        if self.lost or not self._made or worked or not self._is_blank():
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         return True
@@ -220,7 +225,9 @@ class RunFolder:
 
     def send_all(self, timeout_s: float, say: Callable[[str], None]) -> None:
         """Wait until the URL has what is here; one line where it has not, after so many seconds."""
-        if self.remote and self.path.exists() and not self.remote.finish(self.path, timeout_s, say):
+        if self.lost or not self.remote or not self.path.exists():
+            return
+        if not self.remote.finish(self.path, timeout_s, say):
             there = self.remote.newest_sent
             what = f"epoch {there}" if there else "no checkpoint"
             _log.warning("%s was not reached within %.0f s: it has %s of this run", self.remote.url, timeout_s, what)
