@@ -120,7 +120,8 @@ def _run(
     folder.check(config, overwrite=overwrite)
     done = 0 if overwrite else folder.finished()
     kept, table = folder.kept(), closing.closed(folder)
-    if not overwrite and table is not None and kept is not None and kept[0] == done == config.run.num_epochs:
+    closed = table is not None and kept is not None and kept[0] == done == config.run.num_epochs
+    if not overwrite and closed and folder.is_sent():
         say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
         catch_up(folder, config)
         return 0

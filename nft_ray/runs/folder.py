@@ -151,6 +151,8 @@ class RunFolder:
         self._write_config(config)
         if self.remote:
             self.remote.own(self.path)
+            if (kept := self.kept()) and not self.is_sent():  # killed, or cut off, before it was sent
+                self.remote.put(self.path, kept[1], self._best)
 
     def abandon(self) -> bool:
         """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?"""
@@ -231,6 +233,11 @@ class RunFolder:
             there = self.remote.newest_sent
             what = f"epoch {there}" if there else "no checkpoint"
             _log.warning("%s was not reached within %.0f s: it has %s of this run", self.remote.url, timeout_s, what)
+
+    def is_sent(self) -> bool:
+        """Has the URL, where there is one, the newest checkpoint?"""
+        kept = self.kept()
+        return self.remote is None or kept is None or self.remote.has(kept[1])
 
     def kept(self) -> tuple[int, Path] | None:
         """(epoch, path) of the newest checkpoint, as it was written: nothing is read."""

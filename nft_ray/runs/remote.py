@@ -67,6 +67,7 @@ class Remote:
         self._token = ""
         self._wanted: tuple[Path, Path | None, Best] | None = None
         self._given_up: int | None = None
+        self._owed: tuple[Path, Best] | None = None
         self._sending: Path | None = None
         self._busy = self._failed = False
         self._sent: dict[str, tuple[int, int]] = {}
@@ -100,6 +101,14 @@ class Remote:
             return []
         names = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(folder, detail=False)]
         return sorted(int(name[6:]) for name in names if name.startswith("epoch-") and name[6:].isdecimal())
+
+    def has(self, checkpoint: Path) -> bool:
+        """Is this very checkpoint there, whole? Not, too, where the storage does not answer."""
+        try:
+            self._fs.invalidate_cache()
+            return self._text(f"checkpoints/{checkpoint.name}/{STATE}") == (checkpoint / STATE).read_text()
+        except Exception:  # noqa: BLE001  every storage has errors of its own; who sends it will hear of this one
+            return False
 
     def own(self, run: Path) -> None:
         """This process writes here from now on, for this run; another that still does sees it at its next save."""
@@ -205,6 +214,9 @@ class Remote:
                 while self._wanted is None:
                     self._change.wait()
                 (run, checkpoint, best), self._wanted = self._wanted, None
+                if checkpoint is None and self._owed is not None and self._owed[0].exists():
+                    checkpoint, best = self._owed
+                self._owed = None if checkpoint is None else (checkpoint, best)
                 self._sending, self._busy = checkpoint, True
             try:
                 self._check_owner()
@@ -216,6 +228,7 @@ class Remote:
                         self._put_small(file, str(file.relative_to(run)))
                 if checkpoint is not None:
                     self._rotate(run, epoch_of(checkpoint), best)
+                    self._owed = None
                 self._failed = False
             except Exception as error:  # noqa: BLE001  every storage has errors of its own; training goes on
                 self._failed = True

@@ -163,3 +163,17 @@ def test_who_was_taken_over_touches_nothing_in_the_end(
     assert read_ledger(run).ended is None, "that is the other one's to say"
     assert "Traceback" not in (run / "log.txt").read_text()
     assert "another" in run.with_name(".quickstart.lock").read_text()
+
+
+def test_a_finished_run_whose_copy_was_cut_off_sends_it(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "run.checkpoint_url=file://" + str(tmp_path / "copy")
+    assert train("run.num_epochs=1", url) == 0
+    there = tmp_path / "copy" / "quickstart" / "checkpoints" / "epoch-000001"
+    (there / "state.json").unlink()
+    assert train("run.num_epochs=1", url) == 0
+    assert (there / "state.json").is_file()
+    capsys.readouterr()
+    assert train("run.num_epochs=1", url) == 0
+    assert "is finished" in capsys.readouterr().out

@@ -303,3 +303,49 @@ def test_what_is_given_up_while_it_is_sent_or_waits_never_counts(
     sent(folder)
     assert folder.remote.epochs() == [10]
     assert "did not reach" not in caplog.text, "nobody misses what was given up"
+
+
+def test_what_a_kill_kept_from_the_copy_is_sent_by_the_next_start(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path / "a" / "run", url)
+    first.save(29, learner_state(29))
+    sent(first)
+    first.remote = None  # killed between the save and the copy
+    first.save(30, learner_state(30))
+    again = machine(tmp_path / "a" / "run", url)
+    sent(again)
+    assert again.remote is not None
+    assert again.remote.epochs() == [29, 30]
+    assert again.is_sent()
+    found = machine(tmp_path / "b" / "run", url).latest()
+    assert found is not None
+    assert found.epoch == 30
+
+
+def test_what_is_there_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"memory://{tmp_path.name}/runs"
+    first = machine(tmp_path / "run", url)
+    first.save(1, learner_state(1))
+    assert not RunFolder(tmp_path / "run", url=f"memory://{tmp_path.name}/elsewhere").is_sent()
+    sent(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Remote, "put", lambda *_: pytest.fail("it is there"))
+        assert machine(tmp_path / "run", url).is_sent()
+    first.remote = None
+    first.save(1, learner_state(7))  # of an epoch that was trained again
+    assert not RunFolder(tmp_path / "run", url=url).is_sent()
+
+
+def test_the_last_one_is_owed_until_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that was away when it was sent is back when the run ends: its small files are not all it gets."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError("503 Slow Down")
+
+    folder = machine(tmp_path / "run", f"memory://{tmp_path.name}/runs")
+    assert folder.remote is not None
+    with monkeypatch.context() as patch:
+        slowed(patch, away)
+        folder.save(1, learner_state(1))
+        assert not folder.remote.finish(folder.path, 60, silent)
+    sent(folder)
+    assert folder.is_sent()
