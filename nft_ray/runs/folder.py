@@ -135,7 +135,7 @@ class RunFolder:
     def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """Make the folder this experiment's, or go on in it, as `check` allows."""
         self.check(config, overwrite=overwrite)
-        before = self._before()
+        before = None if overwrite else self._before()  # what is moved aside may be damaged
         if overwrite:
             self._move_aside("--overwrite")
         elif before is not None and self._is_blank() and differing(before, config):
@@ -143,7 +143,7 @@ class RunFolder:
         self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         if self.remote:
-            self.remote.bring(self.path)
+            self.remote.bring(self.path, config.run.num_epochs)
         if not self.identity:
             write_atomically(self.path / IDENTITY, f"{uuid.uuid4().hex}\n")
         self._config = resolved(config)

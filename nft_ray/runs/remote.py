@@ -123,15 +123,19 @@ class Remote:
         for name in (IDENTITY, "config.yaml"):
             self._put_small(run / name, name)
 
-    def bring(self, run: Path) -> None:
-        """What the folder lacks: small files, and the newest whole checkpoint where it is newer than the folder's."""
+    def bring(self, run: Path, last: int) -> None:
+        """What the folder lacks: small files, and the newest whole checkpoint where it is newer than the folder's.
+
+        Those of more than `last` epochs, with which the run is to end now, stay where they are.
+        """
         for pattern in SMALL:
             for found in self._fs.glob(f"{self._root}/{pattern}"):
                 target = run / str(found)[len(self._root) :].lstrip("/")
                 if not target.exists():
                     self._get(str(found), target)
-        here = max((epoch_of(path) for path in checkpoint_folders(run / "checkpoints") if _whole(path)), default=0)
-        for epoch in reversed(self.epochs()):
+        folders = [path for path in checkpoint_folders(run / "checkpoints") if epoch_of(path) <= last]
+        here = max((epoch_of(path) for path in folders if _whole(path)), default=0)
+        for epoch in reversed([epoch for epoch in self.epochs() if epoch <= last]):
             if epoch <= here:
                 return
             target = run / "checkpoints" / name_of(epoch)

@@ -69,6 +69,21 @@ class TestOverwrite:
         assert (kept[0] / "checkpoints" / "epoch-000006" / "state.json").is_file()
         assert "is kept as run.old-" in caplog.text
 
+    @pytest.mark.parametrize("text", ["", "run: {name: cu", "\0" * 40])
+    def test_what_cannot_be_read_is_replaced_too(self, tmp_path: Path, text: str) -> None:
+        """That is what its error recommends."""
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        folder.save(6, learner_state())
+        for file in (folder.path / "config.yaml", *folder.path.glob("configs/*")):
+            file.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml: holds no experiment .* --overwrite"):
+            RunFolder(tmp_path / "run").check(CONFIG)
+        again = RunFolder(tmp_path / "run")
+        again.check(CONFIG, overwrite=True)
+        again.claim(CONFIG, overwrite=True)
+        assert again.finished() == 0
+
     @pytest.mark.parametrize("name", ["thesis.tex", "checkpoints"])
     def test_what_is_no_run_is_refused(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "run").mkdir()

@@ -349,3 +349,21 @@ def test_the_last_one_is_owed_until_it_is_there(tmp_path: Path, monkeypatch: pyt
         assert not folder.remote.finish(folder.path, 60, silent)
     sent(folder)
     assert folder.is_sent()
+
+
+def test_another_machine_ends_where_it_is_told_to(tmp_path: Path, url: str) -> None:
+    """Ten epochs instead of twenty: the tenth is there, and comes."""
+    first = machine(tmp_path / "a" / "run", url)
+    for epoch in (10, 20):
+        first.save(epoch, learner_state(epoch))
+        sent(first)
+    for where in ("b", "a"):
+        shorter = RunFolder(tmp_path / where / "run", metric="geneval/strict", url=url)
+        shorter.check(example_config("run.num_epochs=10"))
+        shorter.claim(example_config("run.num_epochs=10"))
+        found = shorter.latest()
+        assert found is not None
+        assert found.epoch == 10
+        assert shorter.remote is not None
+        assert shorter.remote.epochs() == [10, 20]
+        assert shorter.finished() == 10
