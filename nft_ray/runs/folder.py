@@ -33,6 +33,7 @@ from nft_ray.runs.checkpoint import (
     checkpoint_folders,
     epoch_of,
     facts_of,
+    holds_an_epoch,
     name_of,
     promote_partial,
     put_aside,
@@ -155,9 +156,15 @@ class RunFolder:
                 self.remote.put(self.path, kept[1], self._best)
 
     def abandon(self) -> bool:
-        """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?"""
-        worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
-        if self.lost or not self._made or worked or not self._is_blank():
+        """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?
+
+        It raises nothing, and asks no storage: the error that ended the start is on its way.
+        """
+        try:
+            worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
+            if self.lost or not self._made or worked or holds_an_epoch(self.checkpoints):
+                return False
+        except OSError:
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         return True
@@ -251,8 +258,7 @@ class RunFolder:
 
     def _is_blank(self) -> bool:
         """No epoch was finished in it: there is nothing that other settings could spoil."""
-        left = [path for path in self.checkpoints.glob("epoch-*") if path.is_dir()]
-        return not left and not (self.remote and self.remote.epochs())
+        return not holds_an_epoch(self.checkpoints) and not (self.remote and self.remote.epochs())
 
     def _before(self) -> dict[str, Any] | None:
         """The experiment that is here, or at the URL. ValueError, one line, where it cannot be read."""

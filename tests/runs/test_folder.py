@@ -6,6 +6,7 @@ import pytest
 
 from nft_ray.runs.evaluations import evaluated_epochs, lines_folder, save_evaluation
 from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.remote import Remote
 from nft_ray.types import EvalResult
 from tests.examples import example_config
 from tests.runs.states import learner_state, names
@@ -125,6 +126,39 @@ class TestClaimOfAStartThatFailed:
             (lines_folder(folder.path, 0) / "results.jsonl").write_text("{}\n")
         folder.abandon()
         assert (folder.path / "config.yaml").is_file()
+
+    def test_storage_that_is_away_hides_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor does what was saved at the URL keep an empty folder here."""
+
+        def away(*_: object) -> list[int]:
+            raise OSError("503 Slow Down")
+
+        folder = RunFolder(tmp_path / "run", url=f"memory://{tmp_path.name}")
+        folder.claim(CONFIG)
+        monkeypatch.setattr(Remote, "epochs", away)
+        assert folder.abandon()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_disk_that_is_away_hides_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def away(*_: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        monkeypatch.setattr(Path, "rglob", away)
+        assert not folder.abandon()
+
+    def test_what_a_kill_left_of_a_first_save_is_no_epoch(self, tmp_path: Path) -> None:
+        first = RunFolder(tmp_path / "run")
+        first.claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
+        (first.checkpoints / "epoch-000001.partial").mkdir(parents=True)
+        (first.checkpoints / "epoch-000001.partial" / "policy.safetensors").write_bytes(b"cut")
+        RunFolder(tmp_path / "run").claim(CONFIG)
+        whole = RunFolder(tmp_path / "whole")
+        whole.claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
+        whole.save(1, learner_state(1)).rename(whole.checkpoints / "epoch-000001.partial")
+        with pytest.raises(ValueError, match=r"with another config .*learning_rate"):
+            RunFolder(tmp_path / "whole").claim(CONFIG)
 
     def test_one_that_was_killed_stands_in_nobodys_way(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """No epoch was finished with its settings: the corrected command begins, and nothing is deleted."""
