@@ -44,6 +44,7 @@ from nft_ray.runs.checkpoint import (
 from nft_ray.runs.evaluations import drop_evaluations, figures
 from nft_ray.runs.experiment import CONFIG, completed, differing, experiment_in, experiment_of
 from nft_ray.runs.lock import RunLock
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.remote import IDENTITY, Remote
 from nft_ray.types import LearnerState, Mark
 
@@ -360,10 +361,17 @@ class RunFolder:
                 shutil.rmtree(path)
 
     def _best(self, epochs: Collection[int]) -> int | None:
-        """Of these epochs the one with the highest held-out figure; the newest of equals; None without figures."""
+        """Of these epochs the one with the highest held-out figure; the newest of equals; None without figures.
+
+        Before the first of them is evaluated, the one whose policy earned most in training, which is the next epoch's
+        reward: a policy may collapse by then.
+        """
         if self.metric is None:
             return None
         found = {epoch: figures(self.results, epoch).get(self.metric) for epoch in epochs}
+        if all(value is None for value in found.values()):
+            earned = {line["epoch"] - 1: line.get("reward/total") for line in read_metrics(self.path)}
+            found = {epoch: earned.get(epoch) for epoch in epochs}
         return max(((value, epoch) for epoch, value in found.items() if value is not None), default=(0.0, None))[1]
 
     def _facts(self, epoch: int) -> dict[str, Any]:

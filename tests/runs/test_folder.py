@@ -6,6 +6,7 @@ import pytest
 
 from nft_ray.runs.evaluations import evaluated_epochs, lines_folder, save_evaluation
 from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.metrics import Metrics
 from nft_ray.runs.remote import Remote
 from nft_ray.types import EvalResult
 from tests.examples import example_config
@@ -45,6 +46,19 @@ class TestBest:
             save_evaluation(tmp_path, epoch, figures_of(1 / epoch))
             lines_folder(tmp_path, epoch).with_suffix(".json").write_text('{"metrics"')
         assert names(folder) == ["epoch-000003"]
+
+    def test_before_the_first_evaluation_it_is_the_one_that_earned_most(self, tmp_path: Path) -> None:
+        """The run collapses after epoch 2, long before its evaluation."""
+        folder = RunFolder(tmp_path, keep=2, metric="geneval/strict")
+        metrics = Metrics(tmp_path)
+        for epoch, reward in enumerate((0.5, 0.6, 0.7, 0.1, float("nan"), 0.0), start=1):  # of the policy before
+            metrics.add(epoch, {"reward/total": reward})
+            folder.save(epoch, learner_state(epoch))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (2, 5, 6)]
+        save_evaluation(tmp_path, 6, figures_of(0.2))
+        folder.save(7, learner_state(7))
+        folder.save(8, learner_state(8))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (6, 7, 8)], "what was evaluated counts"
 
     def test_a_stage_has_figures_of_its_own(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path, keep=1, metric="geneval/strict")
