@@ -120,13 +120,17 @@ def _run(
     folder.check(config, overwrite=overwrite)
     done = 0 if overwrite else folder.finished()
     kept, table = folder.kept(), closing.closed(folder)
-    if not overwrite and table is not None and kept is not None and kept[0] == done == config.run.num_epochs:
+    closed = table is not None and kept is not None and kept[0] == done == config.run.num_epochs
+    if not overwrite and closed and folder.is_sent():
         say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
         catch_up(folder, config)
         return 0
     started, ended = time.monotonic(), cast(Ended, "failed")
     tracker: RunTracker | None = None
-    ending = Ending(kept=lambda: what_is_kept(folder), close=lambda: tracker.close("preempted") if tracker else None)
+    ending = Ending(
+        kept=lambda: what_is_kept(folder),
+        close=lambda: tracker.close("preempted") if tracker and not folder.lost else None,
+    )
     try:
         with ExitStack() as stack:
             is_left = [stage.config for stage, _ in stages if overwrite or stage.is_left(folder.path, done)]
@@ -165,7 +169,9 @@ def _run(
         raise
     finally:
         folder.send_all(END_S if ended == "finished" else GRACE_S, say)
-        if tracker is not None:
+        if folder.lost:  # not even MLflow hears how this one ended
+            log_no_more()
+        elif tracker is not None:
             tracker.close(ended, timeout_s=MLFLOW_S if ended == "preempted" else CLOSE_S)
         if ended in ("failed", "interrupted") and folder.abandon():
             log_no_more()

@@ -36,7 +36,7 @@ def open_requests(
         found = results.get(line)
         if found is None or found.missing:
             return False
-        return line not in pictures or folder.image_path(line).exists()
+        return line not in pictures or folder.has_image(line)
 
     batches = [([item.prompt.id for item in request.items], request) for request in requests]
     left = tuple(request for lines, request in batches if not all(map(done, lines)))

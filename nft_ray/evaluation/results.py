@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -96,7 +97,7 @@ class EvaluationFolder:
             return False
 
     def results(self) -> list[LineResult]:
-        """Every whole line, in the order of the file; what a kill cut off at its end is left out."""
+        """Every whole line, in the order of the file; what is left out is evaluated again."""
         return read_results(self.path, whole=False)
 
     def append(self, batch: Iterable[LineResult]) -> None:
@@ -118,8 +119,20 @@ class EvaluationFolder:
         path = self.image_path(line)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
-        Image.fromarray(image).save(partial, format="png")
+        with partial.open("wb") as file:
+            Image.fromarray(image).save(file, format="png")
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses its power keeps the name, and no picture
         partial.replace(path)
+
+    def has_image(self, line: int) -> bool:
+        """Is the picture there, and whole? By the sums in it: its pixels are not unpacked."""
+        try:
+            with Image.open(self.image_path(line)) as image:
+                image.verify()
+        except (OSError, SyntaxError, ValueError):  # what PIL says of a damaged one
+            return False
+        return True
 
     def image(self, line: int) -> np.ndarray:
         with Image.open(self.image_path(line)) as image:
@@ -145,21 +158,28 @@ class EvaluationFolder:
 
 
 def read_results(folder: Path, *, whole: bool = True) -> list[LineResult]:
-    """The lines of FOLDER/results.jsonl; ValueError where one is damaged, unless it is a torn end and not `whole`."""
+    """The lines of FOLDER/results.jsonl. One that is damaged: ValueError if it has to be `whole`, else it is left out,
+    with one warning for all of them; of what a kill cut off at the end, with none.
+    """
     path = folder / RESULTS
     if not path.exists():
         if whole:
             raise ValueError(f"{folder}: holds no {RESULTS}; name the folder of an evaluation")
         return []
     found: list[LineResult] = []
+    damaged: list[int] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             if line:
                 found.append(LineResult(**json.loads(line)))
         except (ValueError, TypeError):
-            if whole or number < len(lines):
+            if whole:
                 raise ValueError(f"{path}, line {number}: is no result; the file was changed or damaged") from None
+            if number < len(lines):
+                damaged.append(number)
+    if damaged:
+        _log.warning("%s: %d damaged lines are left out (the first: line %d)", path, len(damaged), damaged[0])
     return found
 
 

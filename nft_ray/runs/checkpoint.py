@@ -189,12 +189,26 @@ def promote_partial(folder: Path) -> None:
             target = left.with_suffix("")
             if target.exists():
                 continue
-            try:
-                facts_of(left)
-            except DamagedError:
+            if not _is_whole(left):
                 continue
             left.rename(target)
             _log.warning("checkpoint %s: its save was killed when all was written; it is whole", target)
+
+
+def holds_an_epoch(folder: Path) -> bool:
+    """Is anything left there of a finished epoch, put aside or damaged? What a kill left of a first save is none."""
+    for path in folder.glob("epoch-*"):
+        if path.is_dir() and path.suffix != PARTIAL:
+            return True
+    return any(map(_is_whole, folder.glob(f"epoch-*{PARTIAL}")))
+
+
+def put_aside(path: Path, suffix: str) -> Path:
+    """PATH.damaged or PATH.beyond, in place of what has that name; it is no checkpoint any more."""
+    aside = path.with_name(f"{path.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def package_versions() -> dict[str, str]:
@@ -230,6 +244,14 @@ def write_atomically(path: Path, text: str) -> None:
     partial.write_text(text)
     _flush(partial)  # else a machine that loses its power keeps the name, and no text
     partial.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        facts_of(path)
+    except DamagedError:
+        return False
+    return True
 
 
 def _tensors(state: LearnerState) -> dict[str, dict[str, Any]]:

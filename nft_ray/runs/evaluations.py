@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.runs.checkpoint import PARTIAL, write_atomically
+from nft_ray.runs.checkpoint import BEYOND, PARTIAL, write_atomically
 from nft_ray.types import EvalResult
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,13 @@ def evaluated_epochs(results: Path) -> list[int]:
         else:
             found.append(epoch)
     return found
+
+
+def drop_evaluations(results: Path, epoch: int) -> None:
+    """Those after more than `epoch` epochs count no more, for their policy is given up: they are put aside."""
+    for path in sorted((results / "evaluations").glob("epoch-*")):
+        if path.suffix in (".json", ".npz") and int(path.stem.removeprefix("epoch-")) > epoch:
+            path.replace(path.with_name(path.name + BEYOND))
 
 
 def figures(results: Path, epoch: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from nft_ray.config import ExperimentConfig, changes, differences, dump, mark_of, parse, resolved
+from nft_ray.config import ExperimentConfig, changes, dump, parse, resolved
 from nft_ray.runs.checkpoint import (
     BEYOND,
     DAMAGED,
@@ -33,20 +33,23 @@ from nft_ray.runs.checkpoint import (
     checkpoint_folders,
     epoch_of,
     facts_of,
+    holds_an_epoch,
     name_of,
     promote_partial,
+    put_aside,
     read_checkpoint,
     write_atomically,
     write_checkpoint,
 )
-from nft_ray.runs.evaluations import figures
+from nft_ray.runs.evaluations import drop_evaluations, figures
+from nft_ray.runs.experiment import CONFIG, completed, differing, experiment_in, experiment_of
 from nft_ray.runs.lock import RunLock
+from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.remote import IDENTITY, Remote
 from nft_ray.types import LearnerState, Mark
 
 SHOWN = 8
 """Keys that an error or a warning names, at most."""
-CONFIG = "config.yaml"
 _log = logging.getLogger(__name__)
 
 
@@ -96,6 +99,15 @@ class RunFolder:
         with self.lock:
             yield
 
+    def check_lock(self) -> None:
+        """RuntimeError, one line, where another process has taken the run over: nothing may be written any more."""
+        self.lock.check()
+
+    @property
+    def lost(self) -> bool:
+        """Has another process taken the run over? Nothing in it, at its URL or in MLflow is this one's any more."""
+        return self.lock.lost
+
     def check(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """ValueError where this experiment cannot begin or go on here; writes nothing.
 
@@ -125,15 +137,15 @@ class RunFolder:
     def claim(self, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         """Make the folder this experiment's, or go on in it, as `check` allows."""
         self.check(config, overwrite=overwrite)
-        before = self._before()
+        before = None if overwrite else self._before()  # what is moved aside may be damaged
         if overwrite:
             self._move_aside("--overwrite")
-        elif before is not None and self._is_blank() and self._differs(before, config):
+        elif before is not None and self._is_blank() and differing(before, config):
             self._move_aside("no epoch was finished with its settings, which were others")
         self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         if self.remote:
-            self.remote.bring(self.path)
+            self.remote.bring(self.path, config.run.num_epochs)
         if not self.identity:
             write_atomically(self.path / IDENTITY, f"{uuid.uuid4().hex}\n")
         self._config = resolved(config)
@@ -141,11 +153,19 @@ class RunFolder:
         self._write_config(config)
         if self.remote:
             self.remote.own(self.path)
+            if (kept := self.kept()) and not self.is_sent():  # killed, or cut off, before it was sent
+                self.remote.put(self.path, kept[1], self._best)
 
     def abandon(self) -> bool:
-        """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?"""
-        worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
-        if not self._made or worked or not self._is_blank():
+        """A start that failed leaves nothing: the folder goes if this claim made it and it holds no result. Did it?
+
+        It raises nothing, and asks no storage: the error that ended the start is on its way.
+        """
+        try:
+            worked = any(file.stat().st_size for file in self.path.rglob("results.jsonl"))
+            if self.lost or not self._made or worked or holds_an_epoch(self.checkpoints):
+                return False
+        except OSError:
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         return True
@@ -155,13 +175,27 @@ class RunFolder:
 
         OSError with one line where the disk is full, RuntimeError where another process has taken the run over.
         """
-        self.lock.check()
+        self.check_lock()
         target = self.checkpoints / name_of(epoch)
         write_checkpoint(target, state, self._facts(epoch))
-        self._rotate()
+        self._rotate(target)
         if self.remote:
             self.remote.put(self.path, target, self._best)
         return target
+
+    def drop_after(self, epoch: int) -> None:
+        """The run goes back: newer checkpoints and figures are put aside, at the URL too, and no start finds them.
+
+        As `save`, RuntimeError where another process has taken the run over.
+        """
+        self.check_lock()
+        for path in checkpoint_folders(self.checkpoints):
+            if epoch_of(path) > epoch:
+                aside = put_aside(path, BEYOND)
+                _log.warning("the run goes back to epoch %d: %s is put aside as %s", epoch, path, aside.name)
+        drop_evaluations(self.results, epoch)
+        if self.remote:
+            self.remote.drop_after(self.path, epoch)
 
     def latest(self, before: int | None = None) -> Checkpoint | None:
         """The newest whole checkpoint, of at most `before` epochs, or None; a line in the log about each damaged one.
@@ -201,10 +235,17 @@ class RunFolder:
 
     def send_all(self, timeout_s: float, say: Callable[[str], None]) -> None:
         """Wait until the URL has what is here; one line where it has not, after so many seconds."""
-        if self.remote and self.path.exists() and not self.remote.finish(self.path, timeout_s, say):
+        if self.lost or not self.remote or not self.path.exists():
+            return
+        if not self.remote.finish(self.path, timeout_s, say):
             there = self.remote.newest_sent
             what = f"epoch {there}" if there else "no checkpoint"
             _log.warning("%s was not reached within %.0f s: it has %s of this run", self.remote.url, timeout_s, what)
+
+    def is_sent(self) -> bool:
+        """Has the URL, where there is one, the newest checkpoint?"""
+        kept = self.kept()
+        return self.remote is None or kept is None or self.remote.has(kept[1])
 
     def kept(self) -> tuple[int, Path] | None:
         """(epoch, path) of the newest checkpoint, as it was written: nothing is read."""
@@ -218,37 +259,23 @@ class RunFolder:
 
     def _is_blank(self) -> bool:
         """No epoch was finished in it: there is nothing that other settings could spoil."""
-        left = [path for path in self.checkpoints.glob("epoch-*") if path.is_dir()]
-        return not left and not (self.remote and self.remote.epochs())
+        return not holds_an_epoch(self.checkpoints) and not (self.remote and self.remote.epochs())
 
     def _before(self) -> dict[str, Any] | None:
         """The experiment that is here, or at the URL. ValueError, one line, where it cannot be read."""
         if not (self.path / CONFIG).exists():
             text = self.remote.config_text() if self.remote else None
-            there = _mapping(text) if text else None
-            return _completed(there) if there else None
-        for path in [self.path / CONFIG, *sorted((self.path / "configs").glob("*.yaml"), reverse=True)]:
-            if found := _mapping(_text(path)):
-                if path.name != CONFIG:
-                    _log.warning("%s cannot be read: %s is taken for it", self.path / CONFIG, path)
-                return _completed(found)
-        raise ValueError(
-            f"{self.path / CONFIG}: holds no experiment (it is empty or was cut off); put it back, or begin anew with "
-            "--overwrite, which keeps what is there"
-        )
+            return experiment_in(text) if text else None
+        return experiment_of(self.path)
 
     def _check_same(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
         after = resolved(config)
-        if others := self._differs(before, config):
+        if others := differing(before, config):
             raise ValueError(
                 f"run {config.run.name} exists in {self.path} with another config (differs in: "
                 f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
                 "replace that run with --overwrite"
             )
-
-    @staticmethod
-    def _differs(before: Mapping[str, Any], config: ExperimentConfig, mark: Mark = Mark.RESULT) -> list[str]:
-        return [key for key in differences(before, resolved(config)) if mark_of(config, key) is mark]
 
     def _check_overwritten(self) -> None:
         """Only what is the folder of a run is replaced."""
@@ -279,17 +306,13 @@ class RunFolder:
         promote_partial(self.checkpoints)
         for path in checkpoint_folders(self.checkpoints):
             if self._last is not None and epoch_of(path) > self._last:
-                aside = path.with_name(f"{path.name}{BEYOND}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                aside = put_aside(path, BEYOND)
                 _log.warning("run.num_epochs = %d: %s is put aside as %s", self._last, path, aside.name)
                 continue
             try:
                 self._facts_of_ours(path)
             except DamagedError as error:
-                aside = path.with_name(f"{path.name}{DAMAGED}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                aside = put_aside(path, DAMAGED)
                 _log.warning("checkpoint %s is damaged and put aside as %s: %s", path, aside.name, error)
         if not checkpoint_folders(self.checkpoints) and (lost := list(self.checkpoints.glob(f"*{DAMAGED}"))):
             raise ValueError(
@@ -309,15 +332,15 @@ class RunFolder:
         before, there = self._config, facts.get("config")
         if not run and before is not None and there is not None:  # from before there were identities
             config = parse(before)
-            if others := self._differs(_completed(there), config):
-                what = changes(_completed(there), before, others, most=SHOWN)
+            if others := differing(completed(there), config):
+                what = changes(completed(there), before, others, most=SHOWN)
                 raise DamagedError(f"state.json: is of another experiment (differs in: {what})")
         return facts
 
     def _write_config(self, config: ExperimentConfig) -> None:
         target, history = self.path / CONFIG, self.path / "configs"
         before = self._before()
-        if before is not None and (rounded := self._differs(before, config, Mark.ROUNDING)):
+        if before is not None and (rounded := differing(before, config, Mark.ROUNDING)):
             what = changes(before, resolved(config), rounded, most=SHOWN)
             _log.warning("run %s goes on with other last bits: %s", config.run.name, what)
         history.mkdir(parents=True, exist_ok=True)
@@ -328,20 +351,27 @@ class RunFolder:
             write_atomically(history / f"{name_of(done[-1] if done else 0)}.yaml", dump(config))
         write_atomically(target, dump(config))
 
-    def _rotate(self) -> None:
-        """The newest stay, the best that was evaluated, and what is just being sent."""
+    def _rotate(self, written: Path) -> None:
+        """The newest stay, the best that was evaluated, what is just being sent, and what was just written."""
         there = checkpoint_folders(self.checkpoints)
         best = self._best([epoch_of(path) for path in there])
         sending = self.remote.sending if self.remote else None
         for path in there[: -self.keep]:
-            if epoch_of(path) != best and path != sending:
+            if epoch_of(path) != best and path not in (sending, written):
                 shutil.rmtree(path)
 
     def _best(self, epochs: Collection[int]) -> int | None:
-        """Of these epochs the one with the highest held-out figure; the newest of equals; None without figures."""
+        """Of these epochs the one with the highest held-out figure; the newest of equals; None without figures.
+
+        Before the first of them is evaluated, the one whose policy earned most in training, which is the next epoch's
+        reward: a policy may collapse by then.
+        """
         if self.metric is None:
             return None
         found = {epoch: figures(self.results, epoch).get(self.metric) for epoch in epochs}
+        if all(value is None for value in found.values()):
+            earned = {line["epoch"] - 1: line.get("reward/total") for line in read_metrics(self.path)}
+            found = {epoch: earned.get(epoch) for epoch in epochs}
         return max(((value, epoch) for epoch, value in found.items() if value is not None), default=(0.0, None))[1]
 
     def _facts(self, epoch: int) -> dict[str, Any]:
@@ -354,23 +384,6 @@ class RunFolder:
             "tracker_run_id": _text(self.path / "mlflow_run_id.txt") or None,
             "config": self._config,
         }
-
-
-def _completed(before: dict[str, Any]) -> dict[str, Any]:
-    """A run's resolved experiment with the defaults of fields that came later: they say what was done before them."""
-    try:
-        return resolved(parse(before))
-    except ValueError:  # of a field that is gone, say: what differs is listed
-        return before
-
-
-def _mapping(text: str) -> dict[str, Any] | None:
-    """None for a text that is no mapping with a `run`."""
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("run"), dict) else None
 
 
 def _text(path: Path) -> str:

@@ -118,6 +118,14 @@ class RunLock:
                 f"{self._stale_s:.0f} s, stops, and writes nothing more there"
             )
 
+    @property
+    def lost(self) -> bool:
+        """Has another process taken over? As `check`, but a file server that does not answer says nothing."""
+        if self._mine is not None:
+            with contextlib.suppress(OSError):
+                self._look()
+        return self._lost is not None
+
     def _acquire(self) -> None:
         """Either at once, or after one on another machine was watched for so long without a sign of life."""
         watched: tuple[str, float] | None = None

@@ -23,14 +23,26 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from nft_ray.runs.checkpoint import PARTIAL, STATE, DamagedError, checkpoint_folders, epoch_of, facts_of, name_of
+from nft_ray.runs.checkpoint import (
+    BEYOND,
+    PARTIAL,
+    STATE,
+    DamagedError,
+    checkpoint_folders,
+    epoch_of,
+    facts_of,
+    name_of,
+)
 from nft_ray.runs.lock import this_process
 
 IDENTITY, OWNER = "identity", "owner.json"
+FIGURES = ("evaluations/*.json", "evaluations/*.npz", "stages/*/evaluations/*.json", "stages/*/evaluations/*.npz")
 SMALL = (
     *("config.yaml", IDENTITY, "mlflow_run_id.txt", "metrics.jsonl", "steps.jsonl", "summary.json", "configs/*.yaml"),
-    *("evaluations/*.json", "evaluations/*.npz", "stages/*/evaluations/*.json", "stages/*/evaluations/*.npz"),
+    *FIGURES,
 )
+DROP_S = 120.0
+"""Seconds that a run which goes back waits until what it gives up is put aside at the URL."""
 Best = Callable[[Collection[int]], int | None]
 _log = logging.getLogger(__name__)
 
@@ -54,6 +66,8 @@ class Remote:
             ) from None
         self._token = ""
         self._wanted: tuple[Path, Path | None, Best] | None = None
+        self._given_up: int | None = None
+        self._owed: tuple[Path, Best] | None = None
         self._sending: Path | None = None
         self._busy = self._failed = False
         self._sent: dict[str, tuple[int, int]] = {}
@@ -88,6 +102,14 @@ class Remote:
         names = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(folder, detail=False)]
         return sorted(int(name[6:]) for name in names if name.startswith("epoch-") and name[6:].isdecimal())
 
+    def has(self, checkpoint: Path) -> bool:
+        """Is this very checkpoint there, whole? Not, too, where the storage does not answer."""
+        try:
+            self._fs.invalidate_cache()
+            return self._text(f"checkpoints/{checkpoint.name}/{STATE}") == (checkpoint / STATE).read_text()
+        except Exception:  # noqa: BLE001  every storage has errors of its own; who sends it will hear of this one
+            return False
+
     def own(self, run: Path) -> None:
         """This process writes here from now on, for this run; another that still does sees it at its next save."""
         before = self._text(OWNER)
@@ -101,15 +123,19 @@ class Remote:
         for name in (IDENTITY, "config.yaml"):
             self._put_small(run / name, name)
 
-    def bring(self, run: Path) -> None:
-        """What the folder lacks: small files, and the newest whole checkpoint where it is newer than the folder's."""
+    def bring(self, run: Path, last: int) -> None:
+        """What the folder lacks: small files, and the newest whole checkpoint where it is newer than the folder's.
+
+        Those of more than `last` epochs, with which the run is to end now, stay where they are.
+        """
         for pattern in SMALL:
             for found in self._fs.glob(f"{self._root}/{pattern}"):
                 target = run / str(found)[len(self._root) :].lstrip("/")
                 if not target.exists():
                     self._get(str(found), target)
-        here = max((epoch_of(path) for path in checkpoint_folders(run / "checkpoints") if _whole(path)), default=0)
-        for epoch in reversed(self.epochs()):
+        folders = [path for path in checkpoint_folders(run / "checkpoints") if epoch_of(path) <= last]
+        here = max((epoch_of(path) for path in folders if _whole(path)), default=0)
+        for epoch in reversed([epoch for epoch in self.epochs() if epoch <= last]):
             if epoch <= here:
                 return
             target = run / "checkpoints" / name_of(epoch)
@@ -130,6 +156,27 @@ class Remote:
         with self._change:
             self._wanted = (run, checkpoint, best)
         self._start()
+
+    def drop_after(self, run: Path, epoch: int) -> None:
+        """Newer checkpoints and figures are put aside there, before anything else is sent; returns when they are.
+
+        A storage that has not done it within DROP_S is one warning; it has its turn before what is sent next.
+        """
+        deadline = time.monotonic() + DROP_S
+        with self._change:
+            self._given_up = epoch if self._given_up is None else min(epoch, self._given_up)
+            wanted = self._wanted or (run, None, lambda _: None)
+            given_up = wanted[1] is not None and epoch_of(wanted[1]) > epoch
+            self._wanted = (run, None if given_up else wanted[1], wanted[2])
+        self._start()
+        with self._change:
+            while self._wanted or self._busy:
+                if not self._change.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                    break
+            if self._given_up is not None:
+                _log.warning(
+                    "%s still has what came after epoch %d: it is put aside with the next one", self.url, epoch
+                )
 
     def _start(self) -> None:
         with self._change:
@@ -171,9 +218,13 @@ class Remote:
                 while self._wanted is None:
                     self._change.wait()
                 (run, checkpoint, best), self._wanted = self._wanted, None
+                if checkpoint is None and self._owed is not None and self._owed[0].exists():
+                    checkpoint, best = self._owed
+                self._owed = None if checkpoint is None else (checkpoint, best)
                 self._sending, self._busy = checkpoint, True
             try:
                 self._check_owner()
+                self._drop_given_up()
                 if checkpoint is not None:
                     self._send(checkpoint)
                 for pattern in SMALL:
@@ -181,13 +232,15 @@ class Remote:
                         self._put_small(file, str(file.relative_to(run)))
                 if checkpoint is not None:
                     self._rotate(run, epoch_of(checkpoint), best)
+                    self._owed = None
                 self._failed = False
             except Exception as error:  # noqa: BLE001  every storage has errors of its own; training goes on
                 self._failed = True
-                _log.warning(
-                    "%s did not reach %s: %s; it is kept here, the next one is sent",
-                    f"checkpoint {checkpoint.name}" if checkpoint else "what is new", self.url, _one_line(error),
-                )  # fmt: skip
+                if checkpoint is None or checkpoint.exists():  # else the run went back meanwhile: nobody misses it
+                    _log.warning(
+                        "%s did not reach %s: %s; it is kept here, the next one is sent",
+                        f"checkpoint {checkpoint.name}" if checkpoint else "what is new", self.url, _one_line(error),
+                    )  # fmt: skip
             finally:
                 with self._change:
                     self._sending, self._busy = None, False
@@ -197,6 +250,31 @@ class Remote:
         owner = json.loads(self._text(OWNER) or "{}")
         if owner.get("token") != self._token:
             raise RuntimeError(f"process {owner.get('pid')} on {owner.get('host')} writes there now")
+
+    def _drop_given_up(self) -> None:
+        """What came after the epoch to which the run went back: renamed, as in the folder."""
+        if (epoch := self._given_up) is None:
+            return
+        for newer in self.epochs():
+            if newer > epoch:
+                self._put_aside(f"{self._root}/checkpoints/{name_of(newer)}")
+        for pattern in FIGURES:
+            for found in map(str, self._fs.glob(f"{self._root}/{pattern}")):
+                if int(found.rpartition("/epoch-")[2].partition(".")[0]) > epoch:
+                    self._fs.cp_file(found, found + BEYOND)
+                    self._fs.rm_file(found)
+        with self._change:
+            self._given_up = None if self._given_up == epoch else self._given_up
+
+    def _put_aside(self, checkpoint: str) -> None:
+        """There is no rename: what makes it a checkpoint goes first, so that a kill leaves none."""
+        self._remove_checkpoint(checkpoint + BEYOND)
+        self._fs.makedirs(checkpoint + BEYOND, exist_ok=True)
+        files = [str(found).rpartition("/")[2] for found in self._fs.ls(checkpoint, detail=False)]
+        for name in sorted(files, key=lambda name: name != STATE):
+            self._fs.cp_file(f"{checkpoint}/{name}", f"{checkpoint}{BEYOND}/{name}")
+            self._fs.rm_file(f"{checkpoint}/{name}")
+        self._remove_checkpoint(checkpoint)
 
     def _send(self, checkpoint: Path) -> None:
         """Tensors, then what says that they are whole."""

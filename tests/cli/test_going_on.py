@@ -14,6 +14,7 @@ from nft_ray.local import LocalSamplers
 from nft_ray.runs import tracking
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.evaluations import evaluated_epochs
+from nft_ray.runs.ledger import read_ledger
 from nft_ray.runs.metrics import read_metrics
 from nft_ray.types import Rollout, RolloutRequest
 from tests.examples import QUICKSTART, SMALL
@@ -135,3 +136,44 @@ def test_an_evaluation_that_was_lost_is_made_again(
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
     assert (run / "table.txt").read_text() == table
     assert evaluated_epochs(run) == [0, 2]
+
+
+def test_who_was_taken_over_touches_nothing_in_the_end(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped for so long that a process on another machine went on: it says so, and the other one's run stays."""
+    run, begin, before = tmp_path / "quickstart", LocalSamplers.rollout, dict[Path, bytes]()
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    async def woken(samplers: LocalSamplers, request: RolloutRequest) -> Rollout:
+        if request.epoch == 1 and request.split == "train":
+            lock = run.with_name(".quickstart.lock")
+            lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another", "host": "gpu-07"}))
+            before.update(files())
+            raise RuntimeError("the first thing that fails")
+        return await begin(samplers, request)
+
+    monkeypatch.setattr(LocalSamplers, "rollout", woken)
+    assert train("run.num_epochs=3", "run.checkpoint_every=10", f"run.checkpoint_url=memory://{tmp_path.name}") == 1
+    assert "was taken over by process" in capsys.readouterr().err
+    assert before
+    assert files() == before
+    assert read_ledger(run).ended is None, "that is the other one's to say"
+    assert "Traceback" not in (run / "log.txt").read_text()
+    assert "another" in run.with_name(".quickstart.lock").read_text()
+
+
+def test_a_finished_run_whose_copy_was_cut_off_sends_it(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "run.checkpoint_url=file://" + str(tmp_path / "copy")
+    assert train("run.num_epochs=1", url) == 0
+    there = tmp_path / "copy" / "quickstart" / "checkpoints" / "epoch-000001"
+    (there / "state.json").unlink()
+    assert train("run.num_epochs=1", url) == 0
+    assert (there / "state.json").is_file()
+    capsys.readouterr()
+    assert train("run.num_epochs=1", url) == 0
+    assert "is finished" in capsys.readouterr().out

@@ -162,6 +162,20 @@ def test_pictures_are_kept_and_drawn_again_where_they_are_wanted_later(tmp_path:
     assert folder.image(9)[0, 0, 0] == 9
 
 
+def test_what_was_damaged_is_evaluated_again(tmp_path: Path) -> None:
+    """A disk that was full, a machine that lost its power: neither stands in the way of every later start."""
+    whole, hurt = EvaluationFolder(tmp_path / "whole"), EvaluationFolder(tmp_path / "hurt")
+    for folder in (whole, hurt):
+        run(folder, Plane(), pictures=(1, 30))
+    file = hurt.path / "results.jsonl"
+    lines = file.read_text().split("\n")
+    file.write_text("\n".join([*lines[:9], '{"line": 9, "pro\x00', *lines[10:]]))
+    hurt.image_path(30).write_bytes(b"")
+    assert run(hurt, Plane(), pictures=(1, 30)) == [8, 9, 10, 11, 28, 29, 30, 31]
+    assert file.read_bytes() == (whole.path / "results.jsonl").read_bytes()
+    np.testing.assert_array_equal(hurt.image(30), whole.image(30))
+
+
 def test_pictures_are_spread_over_the_set() -> None:
     assert spaced(5) == [0, 1, 2, 3, 4]
     found = spaced(553)

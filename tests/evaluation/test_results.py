@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,19 @@ def test_lines_come_back_and_stand_in_order_in_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_a_torn_end_is_dropped_but_damage_is_not(cut: int, tmp_path: Path) -> None:
+def test_what_is_torn_or_damaged_is_left_out(cut: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, file = EvaluationFolder(tmp_path), tmp_path / "results.jsonl"
     folder.append([result(0), result(1)])
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - cut])
     assert folder.results() == ([result(0), result(1)] if cut == 1 else [result(0)])
-    file.write_bytes(whole[cut + 1 :])
+    assert not caplog.records, "that is what a kill leaves"
+    file.write_bytes(b'"x\x00\xff\n7\n' + whole[cut + 1 :])
+    assert folder.results() == [result(1)]
+    (warning,) = caplog.records
+    assert warning.getMessage() == f"{file}: 3 damaged lines are left out (the first: line 1)"
     with pytest.raises(ValueError, match="line 1: is no result"):
-        folder.results()
+        read_results(tmp_path)
 
 
 def test_another_evaluation_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -119,6 +124,31 @@ def test_an_image_comes_back(tmp_path: Path) -> None:
     folder.save_image(123, image)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["000123.png"]
     np.testing.assert_array_equal(folder.image(123), image)
+
+
+@pytest.mark.parametrize("left", [0, 4, 40, 200, -6])
+def test_a_picture_that_is_cut_off_is_none(left: int, tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    assert not folder.has_image(3)
+    folder.save_image(3, np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    assert folder.has_image(3)
+    whole = folder.image_path(3).read_bytes()
+    folder.image_path(3).write_bytes(whole[:left])
+    assert not folder.has_image(3)
+    folder.image_path(3).write_bytes(whole[:100] + b"\x00\x00" + whole[102:])
+    assert not folder.has_image(3)
+
+
+def test_a_picture_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, flushed = EvaluationFolder(tmp_path), list[int]()
+
+    def fsync(file: int) -> None:
+        assert not folder.image_path(3).exists()
+        flushed.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder.save_image(3, np.zeros((4, 4, 3), np.uint8))
+    assert flushed == [folder.image_path(3).stat().st_size]
 
 
 def test_a_missing_reward_is_null_and_counted() -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from nft_ray.runs.evaluations import lines_folder, save_evaluation
+from nft_ray.runs.evaluations import evaluated_epochs, lines_folder, save_evaluation
 from nft_ray.runs.folder import RunFolder
+from nft_ray.runs.metrics import Metrics
+from nft_ray.runs.remote import Remote
 from nft_ray.types import EvalResult
 from tests.examples import example_config
 from tests.runs.states import learner_state, names
@@ -45,6 +47,19 @@ class TestBest:
             lines_folder(tmp_path, epoch).with_suffix(".json").write_text('{"metrics"')
         assert names(folder) == ["epoch-000003"]
 
+    def test_before_the_first_evaluation_it_is_the_one_that_earned_most(self, tmp_path: Path) -> None:
+        """The run collapses after epoch 2, long before its evaluation."""
+        folder = RunFolder(tmp_path, keep=2, metric="geneval/strict")
+        metrics = Metrics(tmp_path)
+        for epoch, reward in enumerate((0.5, 0.6, 0.7, 0.1, float("nan"), 0.0), start=1):  # of the policy before
+            metrics.add(epoch, {"reward/total": reward})
+            folder.save(epoch, learner_state(epoch))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (2, 5, 6)]
+        save_evaluation(tmp_path, 6, figures_of(0.2))
+        folder.save(7, learner_state(7))
+        folder.save(8, learner_state(8))
+        assert names(folder) == [f"epoch-{epoch:06d}" for epoch in (6, 7, 8)], "what was evaluated counts"
+
     def test_a_stage_has_figures_of_its_own(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path, keep=1, metric="geneval/strict")
         stage = folder.for_stage(tmp_path / "stages" / "two", "geneval")
@@ -68,6 +83,21 @@ class TestOverwrite:
         assert (kept[0] / "identity").read_text().strip() == first != folder.identity
         assert (kept[0] / "checkpoints" / "epoch-000006" / "state.json").is_file()
         assert "is kept as run.old-" in caplog.text
+
+    @pytest.mark.parametrize("text", ["", "run: {name: cu", "\0" * 40])
+    def test_what_cannot_be_read_is_replaced_too(self, tmp_path: Path, text: str) -> None:
+        """That is what its error recommends."""
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        folder.save(6, learner_state())
+        for file in (folder.path / "config.yaml", *folder.path.glob("configs/*")):
+            file.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml: holds no experiment .* --overwrite"):
+            RunFolder(tmp_path / "run").check(CONFIG)
+        again = RunFolder(tmp_path / "run")
+        again.check(CONFIG, overwrite=True)
+        again.claim(CONFIG, overwrite=True)
+        assert again.finished() == 0
 
     @pytest.mark.parametrize("name", ["thesis.tex", "checkpoints"])
     def test_what_is_no_run_is_refused(self, tmp_path: Path, name: str) -> None:
@@ -111,6 +141,39 @@ class TestClaimOfAStartThatFailed:
         folder.abandon()
         assert (folder.path / "config.yaml").is_file()
 
+    def test_storage_that_is_away_hides_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor does what was saved at the URL keep an empty folder here."""
+
+        def away(*_: object) -> list[int]:
+            raise OSError("503 Slow Down")
+
+        folder = RunFolder(tmp_path / "run", url=f"memory://{tmp_path.name}")
+        folder.claim(CONFIG)
+        monkeypatch.setattr(Remote, "epochs", away)
+        assert folder.abandon()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_disk_that_is_away_hides_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def away(*_: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(CONFIG)
+        monkeypatch.setattr(Path, "rglob", away)
+        assert not folder.abandon()
+
+    def test_what_a_kill_left_of_a_first_save_is_no_epoch(self, tmp_path: Path) -> None:
+        first = RunFolder(tmp_path / "run")
+        first.claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
+        (first.checkpoints / "epoch-000001.partial").mkdir(parents=True)
+        (first.checkpoints / "epoch-000001.partial" / "policy.safetensors").write_bytes(b"cut")
+        RunFolder(tmp_path / "run").claim(CONFIG)
+        whole = RunFolder(tmp_path / "whole")
+        whole.claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
+        whole.save(1, learner_state(1)).rename(whole.checkpoints / "epoch-000001.partial")
+        with pytest.raises(ValueError, match=r"with another config .*learning_rate"):
+            RunFolder(tmp_path / "whole").claim(CONFIG)
+
     def test_one_that_was_killed_stands_in_nobodys_way(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """No epoch was finished with its settings: the corrected command begins, and nothing is deleted."""
         RunFolder(tmp_path / "run").claim(example_config("run.num_epochs=30", "learner.learning_rate=0.3"))
@@ -146,3 +209,46 @@ def test_a_run_that_was_taken_over_saves_no_more(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="was taken over by process"):
             folder.save(2, learner_state(2))
     assert names(folder) == ["epoch-000001"]
+
+
+class TestGoingBack:
+    def test_what_was_given_up_is_found_by_no_start(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Epochs 11 and 12 were not finite: the run goes on from 10, and is killed before it is at 11 again."""
+        folder = RunFolder(tmp_path / "run", metric="geneval/strict")
+        folder.claim(CONFIG)
+        for epoch in (10, 11, 12):
+            folder.save(epoch, learner_state(epoch))
+            save_evaluation(folder.path, epoch, figures_of(epoch))
+        folder.drop_after(10)
+        folder.save(10, learner_state(10))
+        again = RunFolder(tmp_path / "run")
+        again.claim(CONFIG)
+        found = again.latest()
+        assert found is not None
+        assert found.epoch == 10
+        assert names(folder) == ["epoch-000010", "epoch-000011.beyond", "epoch-000012.beyond"]
+        assert evaluated_epochs(folder.path) == [10], "those of 11 and 12 are of a policy that is given up"
+        assert "the run goes back to epoch 10: " in caplog.text
+        assert "epoch-000012 is put aside as epoch-000012.beyond" in caplog.text
+        folder.save(11, learner_state(11))
+        folder.drop_after(10)  # a second time at one place
+        assert names(folder) == ["epoch-000010", "epoch-000011.beyond", "epoch-000012.beyond"]
+
+    def test_what_was_just_written_stays(self, tmp_path: Path) -> None:
+        """Whatever lies there that is newer."""
+        folder = RunFolder(tmp_path, keep=2)
+        for epoch in (10, 11, 12, 9):
+            folder.save(epoch, learner_state(epoch))
+        assert names(folder) == ["epoch-000009", "epoch-000011", "epoch-000012"]
+
+    def test_who_was_taken_over_puts_nothing_aside(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        with folder.locked():
+            folder.save(2, learner_state(2))
+            text = folder.lock.path.read_text()
+            folder.lock.path.write_text(text.replace('"token": "', '"token": "f'))
+            with pytest.raises(RuntimeError, match="was taken over by process"):
+                folder.drop_after(1)
+            with pytest.raises(RuntimeError, match="was taken over by process"):
+                folder.check_lock()
+        assert names(folder) == ["epoch-000002"]

@@ -198,3 +198,16 @@ with RunLock(Path(sys.argv[1])):
     assert held
     assert all(before[1] <= after[0] for before, after in pairwise(held))
     assert os.listdir(tmp_path) == ["go"]
+
+
+def test_it_is_known_without_an_error_whether_it_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_on(tmp_path / "run")
+    assert not lock.lost
+    with lock:
+        assert not lock.lost
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", lambda *_: exec('raise OSError(5, "Input/output error")'))
+            assert not lock.lost, "a file server that is away says nothing"
+        elsewhere(lock)
+        assert lock.lost
+    assert lock.lost

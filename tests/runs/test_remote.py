@@ -260,3 +260,110 @@ def test_the_owner_is_said(tmp_path: Path) -> None:
     machine(tmp_path / "run", url)
     fs, root = fsspec.core.url_to_fs(url)
     assert {"host", "pid", "since"} <= json.loads(fs.cat_file(f"{root}/run/{module.OWNER}")).keys()
+
+
+def test_a_run_that_goes_back_gives_up_the_newer_ones_there_too(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path / "a" / "run", url, keep=3)
+    for epoch in (10, 11, 12):
+        first.save(epoch, learner_state(epoch))
+        sent(first)
+    save_evaluation(first.path, 12, EvalResult(metrics={}, counts={}, images={}, seconds=1.0))
+    sent(first)
+    first.drop_after(10)
+    assert first.remote is not None
+    assert first.remote.epochs() == [10]
+    second = machine(tmp_path / "b" / "run", url)
+    found = second.latest()
+    assert found is not None
+    assert found.epoch == 10
+    assert evaluated_epochs(second.path) == []
+    fs, root = fsspec.core.url_to_fs(f"{url}/run/checkpoints/epoch-000012.beyond")
+    assert {"state.json", "policy.safetensors"} <= {str(path).rpartition("/")[2] for path in fs.ls(root, detail=False)}
+
+
+def test_what_is_given_up_while_it_is_sent_or_waits_never_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    url, go, put = f"memory://{tmp_path.name}/runs", threading.Event(), MemoryFileSystem.put_file
+    folder = machine(tmp_path / "run", url, keep=3)
+    folder.save(10, learner_state(10))
+    sent(folder)
+    slowed(monkeypatch, lambda self, *of, **more: (go.wait(30), put(self, *of, **more))[1])
+    monkeypatch.setattr(module, "DROP_S", 0.05)
+    assert folder.remote is not None
+    folder.save(11, learner_state(11))
+    while folder.remote.sending is None:
+        time.sleep(0.01)
+    folder.save(12, learner_state(12))
+    folder.drop_after(10)
+    assert "still has what came after epoch 10" in caplog.text
+    go.set()
+    sent(folder)
+    assert folder.remote.epochs() == [10]
+    assert "did not reach" not in caplog.text, "nobody misses what was given up"
+
+
+def test_what_a_kill_kept_from_the_copy_is_sent_by_the_next_start(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path / "a" / "run", url)
+    first.save(29, learner_state(29))
+    sent(first)
+    first.remote = None  # killed between the save and the copy
+    first.save(30, learner_state(30))
+    again = machine(tmp_path / "a" / "run", url)
+    sent(again)
+    assert again.remote is not None
+    assert again.remote.epochs() == [29, 30]
+    assert again.is_sent()
+    found = machine(tmp_path / "b" / "run", url).latest()
+    assert found is not None
+    assert found.epoch == 30
+
+
+def test_what_is_there_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"memory://{tmp_path.name}/runs"
+    first = machine(tmp_path / "run", url)
+    first.save(1, learner_state(1))
+    assert not RunFolder(tmp_path / "run", url=f"memory://{tmp_path.name}/elsewhere").is_sent()
+    sent(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Remote, "put", lambda *_: pytest.fail("it is there"))
+        assert machine(tmp_path / "run", url).is_sent()
+    first.remote = None
+    first.save(1, learner_state(7))  # of an epoch that was trained again
+    assert not RunFolder(tmp_path / "run", url=url).is_sent()
+
+
+def test_the_last_one_is_owed_until_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that was away when it was sent is back when the run ends: its small files are not all it gets."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError("503 Slow Down")
+
+    folder = machine(tmp_path / "run", f"memory://{tmp_path.name}/runs")
+    assert folder.remote is not None
+    with monkeypatch.context() as patch:
+        slowed(patch, away)
+        folder.save(1, learner_state(1))
+        assert not folder.remote.finish(folder.path, 60, silent)
+    sent(folder)
+    assert folder.is_sent()
+
+
+def test_another_machine_ends_where_it_is_told_to(tmp_path: Path, url: str) -> None:
+    """Ten epochs instead of twenty: the tenth is there, and comes."""
+    first = machine(tmp_path / "a" / "run", url)
+    for epoch in (10, 20):
+        first.save(epoch, learner_state(epoch))
+        sent(first)
+    for where in ("b", "a"):
+        shorter = RunFolder(tmp_path / where / "run", metric="geneval/strict", url=url)
+        shorter.check(example_config("run.num_epochs=10"))
+        shorter.claim(example_config("run.num_epochs=10"))
+        found = shorter.latest()
+        assert found is not None
+        assert found.epoch == 10
+        assert shorter.remote is not None
+        assert shorter.remote.epochs() == [10, 20]
+        assert shorter.finished() == 10
