@@ -99,6 +99,7 @@ class Trainer:
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
                 late = self.scorers.monitored(epoch)
                 metrics = rollout_metrics(groups) | batch.metrics | late.pop(epoch, {}) | update.metrics | times
+                self.folder.check_lock()  # of a process that slept: another may have taken the run over
                 self.tracker.log_epoch(epoch + 1, metrics, update.steps)
                 self.log_late(late)
                 self.finished = finished or self.finished
@@ -142,6 +143,8 @@ class Trainer:
             raise RuntimeError(str(bad)) from bad  # not to be answered by going back
         logger.warning("%s; the run goes back to epoch %d, once", bad, self.good.epoch)
         self.went_back_from = bad.epoch
+        await self.saving.done()
+        await asyncio.to_thread(self.folder.drop_after, self.good.epoch)
         await self.learners.restore(replace(self.good.state, loss_scale=self.finished.state.loss_scale))
         return await self.publish(self.good.epoch)
 
@@ -230,6 +233,7 @@ class Trainer:
 
     async def evaluate(self, epoch: int, adapters: Adapters | None) -> None:
         """The EMA policy that was just published (None: the base model) on the held-out lines, each once."""
+        self.folder.check_lock()
         progress = partial(self.tracker.log_progress, f"evaluate after {epoch} epochs")
         result = await evaluate_epoch(
             self.cfg,

@@ -13,10 +13,10 @@ from typing import cast
 from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
-from nft_ray.cli.failures import log_no_more, log_to, retryable
-from nft_ray.cli.place import PREEMPTED, Interrupted, Place, Preempted, run_until_stopped, sigterm_raises
+from nft_ray.cli.failures import explained, log_no_more, log_to, retryable
+from nft_ray.cli.place import PREEMPTED, Interrupted, Place, no_more_sigterm, run_until_stopped, sigterm_raises
 from nft_ray.cli.track import catch_up
-from nft_ray.cli.watch import Ending
+from nft_ray.cli.watch import SAVE_S, Ending
 from nft_ray.config import ExperimentConfig, dump, load, lost
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
@@ -65,14 +65,18 @@ def train(args: argparse.Namespace) -> int:
         metric=headline(config),
         url=config.run.checkpoint_url,
     )
-    folder.check(config, overwrite=args.overwrite)
-    _check_disk(stages, folder)
-    try:
-        with sigterm_raises() as listen, folder.locked():
-            return _run(place, config, folder, list(zip(stages, prompts, strict=True)), args.overwrite, listen)
-    except Preempted as stopped:
-        say(str(stopped))
-        return 0
+    with sigterm_raises() as listen:
+        try:
+            folder.check(config, overwrite=args.overwrite)
+            _check_disk(stages, folder)
+            with folder.locked():
+                return _run(place, config, folder, list(zip(stages, prompts, strict=True)), args.overwrite, listen)
+        except PREEMPTED as stopped:  # while it waits for a lock, or for a copy, too
+            no_more_sigterm()
+            if isinstance(stopped.__context__, Exception):  # it came while a failed run was put in order
+                logger.error("%s", explained(stopped.__context__)[0])
+            say(f"preempted: {what_is_kept(folder)}")
+            return 0
 
 
 def _check_disk(stages: Sequence[Stage], folder: RunFolder) -> None:
@@ -127,9 +131,11 @@ def _run(
         return 0
     started, ended = time.monotonic(), cast(Ended, "failed")
     tracker: RunTracker | None = None
+    trainers: list[Trainer] = []  # the one at work
     ending = Ending(
         kept=lambda: what_is_kept(folder),
-        close=lambda: tracker.close("preempted") if tracker and not folder.lost else None,
+        close=lambda: tracker.close("failed") if tracker and not folder.lost else None,
+        save=lambda: _save(trainers),
     )
     try:
         with ExitStack() as stack:
@@ -147,9 +153,8 @@ def _run(
             closing.reopen(folder)
             left = [(stage, sets) for stage, sets in stages if stage.is_left(folder.path, folder.finished())]
             if left:
-                run_until_stopped(
-                    _train(replace(place, say=console.say, owner=folder.identity), left, folder, console, dashboard_url)
-                )
+                there = replace(place, say=console.say, owner=folder.identity)
+                run_until_stopped(_train(there, left, folder, console, dashboard_url, trainers))
         made = closing.close(config, stages, folder, seconds=time.monotonic() - started)
         tracker.log_artifacts(made.artifacts)
         console.say(f"\n{made.table}\n")
@@ -157,24 +162,30 @@ def _run(
             console.say(str(path))
         ended = "finished"
     except PREEMPTED:
+        no_more_sigterm()
         ended = "preempted"
-        raise Preempted(f"preempted: {what_is_kept(folder)}") from None
+        raise
     except KeyboardInterrupt:
         ended = "interrupted"
         raise Interrupted(f"interrupted: {what_is_kept(folder)}") from None
     except Exception as error:
         if folder.kept():
-            ended = "preempted" if retryable(error) else "failed"
-            error.add_note(what_is_kept(folder))
+            error.add_note(what_is_kept(folder, again=retryable(error)))
         raise
     finally:
-        folder.send_all(END_S if ended == "finished" else GRACE_S, say)
-        if folder.lost:  # not even MLflow hears how this one ended
-            log_no_more()
-        elif tracker is not None:
-            tracker.close(ended, timeout_s=MLFLOW_S if ended == "preempted" else CLOSE_S)
-        if ended in ("failed", "interrupted") and folder.abandon():
-            log_no_more()
+        close_s = MLFLOW_S if ended == "preempted" else CLOSE_S
+        try:
+            folder.send_all(END_S if ended == "finished" else GRACE_S, say)
+        except PREEMPTED:
+            close_s = MLFLOW_S
+            raise
+        finally:
+            if folder.lost:  # not even MLflow hears how this one ended
+                log_no_more()
+            elif tracker is not None:
+                tracker.close(ended, timeout_s=close_s)
+            if ended in ("failed", "interrupted") and folder.abandon():
+                log_no_more()
     return 0
 
 
@@ -190,28 +201,44 @@ def _say_where(config: ExperimentConfig, folder: RunFolder, console: Console) ->
         console.say(f"going on after epoch {done}")
 
 
-def what_is_kept(folder: RunFolder) -> str:
-    """Of a run that was stopped: what the same command goes on with, and what it lost."""
+def what_is_kept(folder: RunFolder, *, again: bool = True) -> str:
+    """Of a run that was stopped: what the same command goes on with, and what it lost; `again`: that it is worth it."""
     kept = folder.kept()
     trained = max((line["epoch"] for line in read_metrics(folder.path)), default=0)
     lost = max(0, trained - (kept[0] if kept else 0))
     gone = f"{lost} finished epoch{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
     if kept is not None:
         where = f"epoch {kept[0]} is kept in {kept[1]}"
-        return f"{where}{f', {gone}' if lost else ''}; run the same command to go on"
+        return f"{where}{f', {gone}' if lost else ''}" + ("; run the same command to go on" if again else "")
     if lost:
         return f"no checkpoint is kept, {gone}; the same command begins anew"
     return "before the first epoch was finished; run the same command to begin"
 
 
+def _save(trainers: Sequence[Trainer]) -> None:
+    """From another thread, whatever they wait for: the newest epoch that is finished and in order is kept."""
+    for trainer in trainers:
+        trainer.saving.keep_now(trainer.good, SAVE_S)
+
+
 async def _train(
-    place: Place, stages: StagesWithPrompts, folder: RunFolder, console: Console, dashboard_url: str | None
+    place: Place,
+    stages: StagesWithPrompts,
+    folder: RunFolder,
+    console: Console,
+    dashboard_url: str | None,
+    trainers: list[Trainer],
 ) -> None:
-    """Every stage with roles of its own: what one leaves for the next is in the checkpoint that ends it."""
+    """Every stage with roles of its own: what one leaves for the next is in the checkpoint that ends it.
+
+    `trainers` holds that of the stage at work.
+    """
     for stage, prompts in stages:
         if stage.name:
             console.say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
         console.metric = headline(stage.config)
         of_stage = folder.for_stage(stage.results(folder.path), headline(stage.config))
         async with place.roles(stage.config, dashboard_url) as roles:
-            await Trainer(stage.config, roles, of_stage, console, *prompts, first_epoch=stage.first_epoch).run()
+            trainer = Trainer(stage.config, roles, of_stage, console, *prompts, first_epoch=stage.first_epoch)
+            trainers[:] = [trainer]
+            await trainer.run()

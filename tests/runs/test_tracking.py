@@ -178,7 +178,7 @@ class TestFailingMlflow:
         stand_in.wait_for(1)
         stand_in.away = True
         train(tracker, range(1, 4))
-        stand_in.wait_for(3)  # tried again and again
+        stand_in.wait_for(stand_in.tries + 3)  # tried again and again
         stand_in.away = False
         tracker.close(timeout_s=10)
         assert stand_in.sent == [0, 1, 2, 3]
@@ -207,9 +207,9 @@ class StandIn:
             raise OSError("the server is away")
         self.sent = [line["epoch"] for line in metrics.lines]
 
-    def wait_for(self, tries: int) -> None:
-        """Until so many more deliveries were tried."""
-        goal, deadline = self.tries + tries, time.monotonic() + 10
+    def wait_for(self, goal: int) -> None:
+        """Until so many deliveries were tried in all."""
+        deadline = time.monotonic() + 10
         while self.tries < goal and time.monotonic() < deadline:
             time.sleep(0.01)
         assert self.tries >= goal
