@@ -1,6 +1,7 @@
 """`nft-ray`, also `python -m nft_ray`."""
 
 import os
+import signal
 import sys
 
 
@@ -9,7 +10,10 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from nft_ray.cli.main import main as run
 
-    return run()
+    try:
+        return run()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last line is said: its status stands
 
 
 if __name__ == "__main__":

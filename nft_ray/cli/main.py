@@ -21,7 +21,7 @@ from typing import Any
 
 from nft_ray.cli import data, rewards
 from nft_ray.cli.failures import INTERRUPTED, explained, quiet
-from nft_ray.cli.place import Interrupted
+from nft_ray.cli.place import PREEMPTED, Interrupted
 from nft_ray.config import masked_text
 
 LIGHT = {"rewards": rewards.rewards, "data": data.data}
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except Interrupted as error:
         return _fail(str(error), INTERRUPTED)
+    except PREEMPTED:
+        line = "stopped by SIGTERM: run the same command again"
+        return _fail(line, 0 if args.command == "train" else INTERRUPTED)
     except Exception as error:  # noqa: BLE001  whatever it is: one line
         return _fail(*explained(error))
 

@@ -29,10 +29,6 @@ class Interrupted(Exception):  # noqa: N818
     """Ctrl-C or SIGTERM; the message says what was kept."""
 
 
-class Preempted(Exception):  # noqa: N818
-    """SIGTERM: the machine goes, the run goes on elsewhere; the message says what was kept."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """What --local and --address say; `say` is told what is started.
@@ -128,7 +124,13 @@ def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
             raise Terminated from None
         raise RuntimeError("the work was cancelled, and nobody asked for it") from None
     finally:
-        signal.signal(signal.SIGTERM, before)  # the loop leaves the default, which ends the process on the spot
+        # the loop leaves the default, which ends the process on the spot
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if stopped else before)
+
+
+def no_more_sigterm() -> None:
+    """From here on SIGTERM is ignored: what is being put in order is not to be cut off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def sigterm_raises() -> Iterator[Callable[[], None]]:
     """In the body, SIGTERM raises Terminated, once; what it gives sets that up again, behind what changed it."""
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order now is not to be cut off
+        no_more_sigterm()
         raise Terminated
 
     def set_up() -> None:

@@ -13,8 +13,8 @@ from typing import cast
 from actors.footprint import disk_warnings, footprint
 from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
-from nft_ray.cli.failures import log_no_more, log_to, retryable
-from nft_ray.cli.place import PREEMPTED, Interrupted, Place, Preempted, run_until_stopped, sigterm_raises
+from nft_ray.cli.failures import explained, log_no_more, log_to, retryable
+from nft_ray.cli.place import PREEMPTED, Interrupted, Place, no_more_sigterm, run_until_stopped, sigterm_raises
 from nft_ray.cli.track import catch_up
 from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig, dump, load, lost
@@ -65,14 +65,18 @@ def train(args: argparse.Namespace) -> int:
         metric=headline(config),
         url=config.run.checkpoint_url,
     )
-    folder.check(config, overwrite=args.overwrite)
-    _check_disk(stages, folder)
-    try:
-        with sigterm_raises() as listen, folder.locked():
-            return _run(place, config, folder, list(zip(stages, prompts, strict=True)), args.overwrite, listen)
-    except Preempted as stopped:
-        say(str(stopped))
-        return 0
+    with sigterm_raises() as listen:
+        try:
+            folder.check(config, overwrite=args.overwrite)
+            _check_disk(stages, folder)
+            with folder.locked():
+                return _run(place, config, folder, list(zip(stages, prompts, strict=True)), args.overwrite, listen)
+        except PREEMPTED as stopped:  # while it waits for a lock, or for a copy, too
+            no_more_sigterm()
+            if isinstance(stopped.__context__, Exception):  # it came while a failed run was put in order
+                logger.error("%s", explained(stopped.__context__)[0])
+            say(f"preempted: {what_is_kept(folder)}")
+            return 0
 
 
 def _check_disk(stages: Sequence[Stage], folder: RunFolder) -> None:
@@ -157,8 +161,9 @@ def _run(
             console.say(str(path))
         ended = "finished"
     except PREEMPTED:
+        no_more_sigterm()
         ended = "preempted"
-        raise Preempted(f"preempted: {what_is_kept(folder)}") from None
+        raise
     except KeyboardInterrupt:
         ended = "interrupted"
         raise Interrupted(f"interrupted: {what_is_kept(folder)}") from None
@@ -168,13 +173,19 @@ def _run(
             error.add_note(what_is_kept(folder))
         raise
     finally:
-        folder.send_all(END_S if ended == "finished" else GRACE_S, say)
-        if folder.lost:  # not even MLflow hears how this one ended
-            log_no_more()
-        elif tracker is not None:
-            tracker.close(ended, timeout_s=MLFLOW_S if ended == "preempted" else CLOSE_S)
-        if ended in ("failed", "interrupted") and folder.abandon():
-            log_no_more()
+        close_s = MLFLOW_S if ended == "preempted" else CLOSE_S
+        try:
+            folder.send_all(END_S if ended == "finished" else GRACE_S, say)
+        except PREEMPTED:
+            close_s = MLFLOW_S
+            raise
+        finally:
+            if folder.lost:  # not even MLflow hears how this one ended
+                log_no_more()
+            elif tracker is not None:
+                tracker.close(ended, timeout_s=close_s)
+            if ended in ("failed", "interrupted") and folder.abandon():
+                log_no_more()
     return 0
 
 

@@ -1,5 +1,6 @@
 """Real processes that are stopped, killed, or started twice: what they say, what they leave, and what goes on."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from nft_ray.cli.place import Terminated
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.tracking import RunTracker
+from nft_ray.trainer import Trainer
 from tests.command_line import NO_MLFLOW, REPO, environment, killed_after, nft_ray_here, sets
 from tests.examples import QUICKSTART, SMALL, few_lines
 
@@ -75,6 +78,94 @@ def test_sigterm_keeps_the_last_finished_epoch_and_says_so(command: list[str], t
     done = nft_ray_here(*command, *sets(f"run.num_epochs={trained}"), runs=tmp_path)
     assert done.returncode == 0
     assert f"going on after epoch {trained}" in done.stdout
+
+
+def sigterm(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Preempted:
+    """SIGTERM where no loop runs: of a run in this process, the status, its last line, and how its tracker ended."""
+
+    def __init__(self, command: list[str], runs: Path, patch: pytest.MonkeyPatch) -> None:
+        self.ended: list[str] = []
+        self.patch, self._command, self._runs = patch, command, runs
+        patch.setattr(RunTracker, "close", lambda _, ended, timeout_s: self.ended.append(ended))
+
+    def __call__(self, *settings: str) -> str:
+        before = signal.getsignal(signal.SIGTERM)
+        done = nft_ray_here(*self._command, *sets(*settings), runs=self._runs)
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def preempted(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preempted:
+    return Preempted(command, tmp_path, monkeypatch)
+
+
+NOTHING_YET = "preempted: before the first epoch was finished; run the same command to begin"
+
+
+def test_sigterm_while_it_looks_at_the_folder(preempted: Preempted) -> None:
+    preempted.patch.setattr(RunFolder, "check", sigterm)
+    assert preempted() == NOTHING_YET
+
+
+def test_sigterm_while_it_waits_for_the_lock_of_another_machine(preempted: Preempted, tmp_path: Path) -> None:
+    other = {"host": "b", "machine": "another", "pid": 1, "started": "1", "since": 1.0, "job": None, "token": "t"}
+    (tmp_path / ".quickstart.lock").write_text(json.dumps(other))
+    preempted.patch.setattr(time, "sleep", sigterm)
+    assert preempted() == NOTHING_YET
+
+
+def test_sigterm_while_a_failed_run_is_copied_closes_the_tracker_and_tells_the_failure(
+    preempted: Preempted, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: object) -> None:
+        raise ValueError("the workers cannot start")
+
+    preempted.patch.setattr("nft_ray.local.local_roles", broken)
+    preempted.patch.setattr(RunFolder, "send_all", sigterm)
+    assert preempted() == NOTHING_YET
+    assert preempted.ended == ["failed"]
+    assert "nft-ray: the workers cannot start" in caplog.messages
+
+
+def test_a_second_sigterm_cuts_nothing_off(preempted: Preempted) -> None:
+    copied = []
+
+    async def run(_: object) -> None:
+        sigterm()
+        await asyncio.sleep(60)
+
+    def send_all(*_: object) -> None:
+        sigterm()
+        copied.append(True)
+
+    preempted.patch.setattr(Trainer, "run", run)
+    preempted.patch.setattr(RunFolder, "send_all", send_all)
+    assert preempted() == NOTHING_YET
+    assert copied == [True]
+    assert preempted.ended == ["preempted"]
+
+
+def test_sigterm_while_a_finished_run_is_delivered(preempted: Preempted) -> None:
+    settings = ("run.num_epochs=1", "evaluation.every=1")
+    preempted(*settings)
+    preempted.patch.setattr("nft_ray.cli.train.catch_up", sigterm)
+    assert preempted(*settings).startswith("preempted: epoch 1 is kept in ")
+
+
+@pytest.mark.parametrize(("name", "status"), [("train", 0), ("evaluate", 130)])
+def test_sigterm_anywhere_else_is_one_line(name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: object) -> int:
+        raise Terminated
+
+    monkeypatch.setattr("nft_ray.cli.main._heavy", stopped)
+    done = nft_ray_here(name, "none.yaml", runs=Path("none"))
+    assert (done.returncode, done.stderr) == (status, "stopped by SIGTERM: run the same command again\n")
 
 
 def test_ctrl_c_keeps_it_too_and_is_130(command: list[str], tmp_path: Path) -> None:
