@@ -142,8 +142,12 @@ class SamplerPool:
         self._pool.close()
 
     async def park(self) -> None:
-        """Every worker's device memory is free: what fails to park is killed. Replacements wait until `wake`."""
-        await self._pool.settle()
+        """Every worker's device memory is free: what fails to park is killed. Replacements wait until `wake`.
+
+        Parked already: replacements may be in preparation, which need `wake` to come to an end.
+        """
+        if self._awake.is_set():
+            await self._pool.settle()
         self._awake.clear()
         await self._pool.broadcast("park", lambda actor: [actor.park.remote()])
 

@@ -7,7 +7,8 @@ waits until its side is awake; the sides change when the last call of the other 
 
 Failure policy: each role replaces whom it cannot park or wake. Samplers that are new wait while samplers are parked;
 learners start again, and are awake, only where the samplers are parked. What is raised in spite of that, the call that
-needed the change raises, and neither side is awake: the next call parks the other side again.
+needed the change raises, and neither side is awake: the next call parks the other side again, whichever it is of. So
+`park` is also asked of who is parked, and must not wait there for what only `wake` lets go on.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ class Side(Protocol):
     """What can leave its devices and come back."""
 
     async def park(self) -> None:
-        """Return when the devices' memory is free; what is asked of it later waits for `wake`."""
+        """Return when the devices' memory is free, at once where it is; what is asked of it later waits for `wake`."""
         ...
 
     async def wake(self) -> None: ...

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
-from ray.exceptions import OutOfDiskError, OwnerDiedError
+from ray.exceptions import ActorDiedError, OutOfDiskError, OwnerDiedError
 
 from actors import seats
 from actors.samplers import SamplerPool, check_card, room, shrunk
@@ -23,6 +24,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.failures import device_failure
 from nft_ray.roles import ObjectsLostError
 from nft_ray.types import Rollout, RolloutRequest
+from tests.actors.stand_ins import until, world_without_ray
 from tests.fakes import FakeLearnerCore, FakeSamplerCore, consume, fake_config, fake_request
 
 on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -159,6 +161,45 @@ class TestOnRay:
                         await asyncio.sleep(0.1)
 
         asyncio.run(main())
+
+
+class Mortal:
+    """An actor that is ready and built at once; `park` kills it where it is the first."""
+
+    def __init__(self, dies: bool) -> None:
+        self.__ray_ready__ = self.build = self.wake = SimpleNamespace(remote=lambda: answered(None))
+        self.park = SimpleNamespace(remote=lambda: answered(ActorDiedError() if dies else None))
+
+
+async def answered(value: Exception | None) -> None:
+    if value is not None:
+        raise value
+
+
+def test_parked_again_with_a_replacement_under_way_it_returns_and_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases ask that of who is parked, where the learners did not wake: the replacement can come only afterwards."""
+    world_without_ray(monkeypatch)
+    monkeypatch.setattr("actors.samplers.download", lambda *_: answered(None))
+    config, spawned = fake_config(sampler={"num_workers": 1}), list[Mortal]()
+
+    def spawn(name: str, seat: int) -> Mortal:
+        spawned.append(Mortal(dies=not spawned))
+        return spawned[-1]
+
+    async def main() -> None:
+        pool = SamplerPool(config, FakeSamplerCore)
+        monkeypatch.setattr(pool._pool._seats, "_spawn", spawn)
+        await pool.start()
+        async with asyncio.timeout(5):
+            await pool.park()
+            await until(lambda: len(pool._pool._seats._preparing) == 1)
+            await pool.park()
+            assert pool.size == 0
+            await pool.wake()
+            await until(lambda: pool.size == 1)
+        pool.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,23 @@ def test_a_side_that_does_not_wake_fails_the_call_and_the_other_comes_back() -> 
     assert asyncio.run(run())[-2:] == ["samplers wake", "samplers a"]
 
 
+def test_neither_awake_either_side_can_be_woken_and_the_other_is_parked_again() -> None:
+    async def run() -> list[str]:
+        _, learners_side, samplers, learners, log = pair()
+        for next_call, repaired in ((learners.state, True), (lambda: samplers.rollout("a"), False)):
+            learners_side.broken = True
+            with pytest.raises(RuntimeError, match="learners does not wake"):
+                await learners.update("u")
+            learners_side.broken = not repaired
+            await next_call()
+            await samplers.rollout("b")
+        return log
+
+    log = asyncio.run(run())
+    assert log[:4] == ["samplers park", "samplers park", "learners wake", "learners state"]
+    assert log[-4:] == ["learners park", "samplers wake", "samplers a", "samplers b"]
+
+
 def test_pictures_need_no_device() -> None:
     async def run() -> list[str]:
         samplers_side, _, samplers, learners, log = pair()
