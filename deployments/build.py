@@ -46,6 +46,7 @@ from nft_ray.config import ExperimentConfig, HttpConfig, changes, differences, m
 from nft_ray.rewards.applications import SHARED, reward_of, route
 from nft_ray.rewards.applications import application as named
 from nft_ray.rewards.base import Autoscaling, RewardConfig, RewardUse, load_reward
+from nft_ray.roles import TryAgainError
 from nft_ray.types import Mark
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ async def deploy(
     what is deployed is for others, and stays when this job ends. `dashboard_url` is needed with `scorers.http`.
     Cancelled or failing, it takes down what it has made. Raises ValueError for another configuration of what is shared,
     a port in use or a `py_executable` that does not fit; RuntimeError where a reward, or the server of its model, does
-    not start.
+    not start; TryAgainError where that takes longer than `cluster.wait_s`.
     """
     described = {name: describe(name, reward) for name, reward in config.reward_configs.items()}
     owner = config.run.name if owner is None else owner
@@ -244,7 +245,7 @@ async def _is_deployed(app: str, me: User, wait_s: float) -> bool:
     while app not in serve.status().applications and time.monotonic() < end:
         claim, live = claims.read_claims().get(app), claims.live_jobs()
         if claim is None:
-            raise RuntimeError(f"Serve application {app} does not start: the job that was to deploy it has given up")
+            raise TryAgainError(f"Serve application {app} does not start: the job that was to deploy it has given up")
         if next((user for user in claim.users if user.job in live), me) == me:
             return False
         await asyncio.sleep(POLL_S)
@@ -285,7 +286,7 @@ async def _wait_until_running(names: Sequence[str], wait_s: float) -> None:
             return
         now = time.monotonic()
         if now - started > wait_s:
-            raise RuntimeError(f"{', '.join(waiting)}: not running after {wait_s:g} s (cluster.wait_s); {_free()}")
+            raise TryAgainError(f"{', '.join(waiting)}: not running after {wait_s:g} s (cluster.wait_s); {_free()}")
         if now - reported >= REPORT_S:
             reported = now
             logger.info("waiting for %s (%.0f s); %s", ", ".join(waiting), now - started, _free())

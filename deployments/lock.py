@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from deployments.claims import NAMESPACE
+from nft_ray.roles import TryAgainError
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,15 @@ def _take() -> Any | None:
 
 @asynccontextmanager
 async def alone(wait_s: float) -> AsyncIterator[None]:
-    """Between two jobs that look for the same reward and do not find it, the second would overwrite the first's."""
+    """Between two jobs that look for the same reward and do not find it, the second would overwrite the first's.
+
+    TryAgainError where another has it for so long.
+    """
     started = reported = time.monotonic()
     while (lock := _take()) is None:
         now = time.monotonic()
         if now - started > wait_s:
-            raise RuntimeError(f"another job deploys rewards since {wait_s:g} s (cluster.wait_s); try again")
+            raise TryAgainError(f"another job deploys rewards since {wait_s:g} s (cluster.wait_s); try again")
         if now - reported >= REPORT_S:
             reported = now
             logger.info("waiting for another job that deploys rewards (%.0f s)", now - started)

@@ -95,7 +95,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out. ValueError, one line, where one is at work here."""
+        """Keep every other process out. ValueError or TryAgainError, one line, where one is at work: see RunLock."""
         with self.lock:
             yield
 

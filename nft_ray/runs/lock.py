@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nft_ray.roles import TryAgainError
 from nft_ray.runs.root import job_id
 
 BEAT_S = 10.0
@@ -86,7 +87,9 @@ class RunLock:
         self._made: list[Path] = []
 
     def __enter__(self) -> "RunLock":
-        """Hold it. ValueError, one line, where another process does; one that is gone is taken over from."""
+        """Hold it; one that is gone is taken over from. Where another process does, one line: ValueError, or
+        TryAgainError where that one is on another machine, as the one that this start is to go on after may be.
+        """
         self._made = [folder for folder in self.path.parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -140,7 +143,7 @@ class RunLock:
                     _log.warning("%s was held by %s, which is gone: this run takes it over", self._run, holder)
                     return self._take(file)
                 if holder.is_here or (watched is not None and sign != watched):
-                    raise ValueError(
+                    raise (ValueError if holder.is_here else TryAgainError)(
                         f"run {self._run.name} is at work: {self._run} is held by {holder}; wait for its end, or "
                         "choose another name with --set run.name=..."
                     )

@@ -1,11 +1,15 @@
 """When a deployed reward may be shared: what its scores depend on is the same, and where it runs does not matter."""
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from deployments import build, lock
 from deployments.build import check_shared, describe
 from nft_ray.config import ExperimentConfig
+from nft_ray.roles import TryAgainError
 from tests.fakes import fake_config
 
 SERVER = {"model_path": "a/model", "python": "python3"}
@@ -76,3 +80,27 @@ def test_its_deadline_must_be_below_the_jobs_own() -> None:
     urls = {"urls": ["http://a/v1"]}
     with pytest.raises(ValueError, match=r"deadline_s = 110: .* scorers.timeout_s = 60; raise that"):
         check("unified_reward", urls, urls | {"timeout_s": 5, "deadline_s": 50}, timeout_s=60)
+
+
+@pytest.mark.parametrize("wait", ["the lock", "room", "another job"])
+def test_what_did_not_come_in_time_may_come_when_it_is_tried_again(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def until_alone() -> None:
+        async with lock.alone(0.01):
+            pytest.fail("another job has it")
+
+    deploying = SimpleNamespace(applications={"run/a": SimpleNamespace(status="DEPLOYING")})
+    monkeypatch.setattr(lock, "_take", lambda: None)
+    monkeypatch.setattr(build.serve, "status", lambda: deploying)
+    monkeypatch.setattr(build.ray, "available_resources", dict)
+    monkeypatch.setattr(build.claims, "read_claims", dict)
+    monkeypatch.setattr(build.claims, "live_jobs", list)
+    waits = {
+        "the lock": (until_alone(), "another job deploys rewards since"),
+        "room": (build._wait_until_running(["run/a"], 0.01), "run/a: not running after"),
+        "another job": (build._is_deployed("run/b", None, 5), "has given up"),  # type: ignore[arg-type]
+    }
+    work, line = waits.pop(wait)
+    for other, _ in waits.values():
+        other.close()
+    with pytest.raises(TryAgainError, match=line):
+        asyncio.run(work)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nft_ray.roles import TryAgainError
 from nft_ray.runs.lock import Holder, RunLock, this_process
 
 REPO = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_one_of_another_machine_that_gives_signs_of_life_is_live(tmp_path: Path)
     thread.start()
     try:
         with (
-            pytest.raises(ValueError, match=r"held by process \d+ on gpu-07 \(Ray job raysubmit_7\), there since"),
+            pytest.raises(TryAgainError, match=r"held by process \d+ on gpu-07 \(Ray job raysubmit_7\), there since"),
             lock,
         ):
             pass
