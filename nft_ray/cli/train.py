@@ -16,7 +16,7 @@ from nft_ray.cli.console import Console, say
 from nft_ray.cli.failures import explained, log_no_more, log_to, retryable
 from nft_ray.cli.place import PREEMPTED, Interrupted, Place, no_more_sigterm, run_until_stopped, sigterm_raises
 from nft_ray.cli.track import catch_up
-from nft_ray.cli.watch import Ending
+from nft_ray.cli.watch import SAVE_S, Ending
 from nft_ray.config import ExperimentConfig, dump, load, lost
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
@@ -131,9 +131,11 @@ def _run(
         return 0
     started, ended = time.monotonic(), cast(Ended, "failed")
     tracker: RunTracker | None = None
+    trainers: list[Trainer] = []  # the one at work
     ending = Ending(
         kept=lambda: what_is_kept(folder),
         close=lambda: tracker.close("preempted") if tracker and not folder.lost else None,
+        save=lambda: _save(trainers),
     )
     try:
         with ExitStack() as stack:
@@ -151,9 +153,8 @@ def _run(
             closing.reopen(folder)
             left = [(stage, sets) for stage, sets in stages if stage.is_left(folder.path, folder.finished())]
             if left:
-                run_until_stopped(
-                    _train(replace(place, say=console.say, owner=folder.identity), left, folder, console, dashboard_url)
-                )
+                there = replace(place, say=console.say, owner=folder.identity)
+                run_until_stopped(_train(there, left, folder, console, dashboard_url, trainers))
         made = closing.close(config, stages, folder, seconds=time.monotonic() - started)
         tracker.log_artifacts(made.artifacts)
         console.say(f"\n{made.table}\n")
@@ -215,14 +216,30 @@ def what_is_kept(folder: RunFolder) -> str:
     return "before the first epoch was finished; run the same command to begin"
 
 
+def _save(trainers: Sequence[Trainer]) -> None:
+    """From another thread, whatever they wait for: the newest epoch that is finished and in order is kept."""
+    for trainer in trainers:
+        trainer.saving.keep_now(trainer.good, SAVE_S)
+
+
 async def _train(
-    place: Place, stages: StagesWithPrompts, folder: RunFolder, console: Console, dashboard_url: str | None
+    place: Place,
+    stages: StagesWithPrompts,
+    folder: RunFolder,
+    console: Console,
+    dashboard_url: str | None,
+    trainers: list[Trainer],
 ) -> None:
-    """Every stage with roles of its own: what one leaves for the next is in the checkpoint that ends it."""
+    """Every stage with roles of its own: what one leaves for the next is in the checkpoint that ends it.
+
+    `trainers` holds that of the stage at work.
+    """
     for stage, prompts in stages:
         if stage.name:
             console.say(f"stage {stage.name}: epochs {stage.first_epoch + 1} to {stage.last_epoch}")
         console.metric = headline(stage.config)
         of_stage = folder.for_stage(stage.results(folder.path), headline(stage.config))
         async with place.roles(stage.config, dashboard_url) as roles:
-            await Trainer(stage.config, roles, of_stage, console, *prompts, first_epoch=stage.first_epoch).run()
+            trainer = Trainer(stage.config, roles, of_stage, console, *prompts, first_epoch=stage.first_epoch)
+            trainers[:] = [trainer]
+            await trainer.run()

@@ -3,20 +3,26 @@
 import asyncio
 import json
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nft_ray.cli.main import main
+from nft_ray.cli.place import Place
+from nft_ray.cli.watch import Ending
+from nft_ray.config import ExperimentConfig
 from nft_ray.local import LocalSamplers
 from nft_ray.runs import tracking
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.evaluations import evaluated_epochs
 from nft_ray.runs.ledger import read_ledger
 from nft_ray.runs.metrics import read_metrics
-from nft_ray.types import Rollout, RolloutRequest
+from nft_ray.trainer import Trainer
+from nft_ray.types import Adapters, Rollout, RolloutRequest
 from tests.examples import QUICKSTART, SMALL
 
 Train = Callable[..., int]
@@ -36,6 +42,34 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         return main(["train", str(QUICKSTART), "--local", *(part for one in chosen for part in ("--set", one))])
 
     return run
+
+
+def test_where_the_cluster_goes_what_is_finished_is_saved_beside_the_work(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint is due, and the loop gets no turn for it."""
+    endings, saved = list[Ending](), list[list[str]]()
+    checkpoints = tmp_path / "quickstart" / "checkpoints"
+
+    @contextmanager
+    def no_ray(_: Place, config: ExperimentConfig, ending: Ending) -> Iterator[None]:
+        endings.append(ending)
+        ending.save()  # nothing is there yet
+        yield
+
+    original = Trainer.maybe_evaluate
+
+    async def evaluate(trainer: Trainer, epoch: int, adapters: Adapters) -> None:
+        thread = threading.Thread(target=endings[0].save)
+        thread.start()
+        thread.join(10)
+        saved.append([path.name for path in whole_checkpoints(checkpoints)])
+        await original(trainer, epoch, adapters)
+
+    monkeypatch.setattr(Place, "ray", no_ray)
+    monkeypatch.setattr(Trainer, "maybe_evaluate", evaluate)
+    assert train("run.num_epochs=2", "evaluation.every=2", "run.checkpoint_every=1000") == 0
+    assert saved[0] == ["epoch-000001"]
 
 
 def test_a_stopped_run_goes_on_as_the_marks_say(
