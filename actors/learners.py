@@ -12,6 +12,7 @@ Failure policy
 - A rank that dies, does not answer in time or fails with its device ends the group, for its peers wait in a reduction
   that will not come: a new one starts, gets the state that the newest epoch left, and the call is made again, an update
   with the same batch. `learner.max_restarts` within `learner.restart_window_s`, then RuntimeError with the last cause.
+- Memory that is too small twice is no accident: the line says what to lower; `learner.shrink_on_oom` does so, unasked.
 - Where a node stays away for `cluster.wait_s`, the new group has fewer ranks, `learner.min_workers` at least.
 - The state is lost where its node went before the driver had it, and with full fine-tuning, whose tens of GB are kept
   in checkpoints only: the new group is at version 0 then, and StateLostError says so.
@@ -39,7 +40,7 @@ from actors.ranks import GroupError, Ranks
 from actors.restarts import Restarts
 from nft_ray import failures
 from nft_ray.algorithms.batch import shard
-from nft_ray.config import ExperimentConfig
+from nft_ray.config import ExperimentConfig, LearnerConfig
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.roles import ObjectsLostError, StateLostError
 from nft_ray.types import Adapters, Batch, LearnerState, UpdateResult
@@ -227,23 +228,25 @@ class LearnerGroup:
         """One more restart, said in one line; RuntimeError where it would be one too many."""
         learner, before = self._config.learner, self._restarts.count
         memory = failures.out_of_memory(failure.__cause__)
+        advice = f"; {_advice(learner)}" if memory else ""
         if not self._restarts.take():
             after = f" after {before} restarts within {learner.restart_window_s:g} s (learner.max_restarts)"
-            smaller = f"; lower learner.micro_batch_size, which is {learner.micro_batch_size}" if memory else ""
-            self._end(f"{failure}{after if before else ''}{smaller}", failure)
+            self._end(f"{failure}{after if before else ''}{advice}", failure)
         smaller = ""
-        if memory and not self._ooms.take() and learner.micro_batch_size > 1:  # it is no accident
+        accident = not memory or self._ooms.take()
+        if learner.shrink_on_oom and not accident and learner.micro_batch_size > 1:
             size = learner.micro_batch_size // 2
             learner = learner.model_copy(update={"micro_batch_size": size})
             self._config = self._config.model_copy(update={"learner": learner})
-            smaller = f" with learner.micro_batch_size = {size} (set it so)"
+            smaller = f" with learner.micro_batch_size = {size} (set it so; the last bits of an update change)"
         logger.warning(
-            "%s; all learners start again%s, after epoch %d (restart %d of %d)",
+            "%s; all learners start again%s, after epoch %d (restart %d of %d)%s",
             failure,
             smaller,
             self._version,
             self._restarts.count,
             learner.max_restarts,
+            "" if smaller or accident else advice,
         )
 
     def _end(self, why: str, error: BaseException) -> None:
@@ -261,6 +264,15 @@ class LearnerGroup:
                     f"{adapters.checksums} is not {first.checksums}",
                     RuntimeError("checksums differ"),
                 )
+
+
+def _advice(learner: LearnerConfig) -> str:
+    """What to set where the device's memory is too small."""
+    if learner.micro_batch_size > 1:
+        return f"lower learner.micro_batch_size, which is {learner.micro_batch_size}"
+    if not learner.gradient_checkpointing:
+        return "set learner.gradient_checkpointing to true"
+    return "use learner.sharding: fsdp with more learners, or a larger GPU"
 
 
 def _shards(batch: Batch, size: int) -> Sequence[Any]:

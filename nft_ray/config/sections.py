@@ -206,6 +206,9 @@ class LearnerConfig(WorkersConfig):
     """Optimizer steps per epoch; they partition the epoch's samples."""
     micro_batch_size: Annotated[Positive, Mark.PLACEMENT] = 16
     """(sample, time) pairs of one forward and backward; it changes memory and speed, not the update."""
+    shrink_on_oom: Annotated[bool, Mark.PLACEMENT] = False
+    """Where GPU memory was too small twice within `restart_window_s`, start again with half of `micro_batch_size`: the
+    update is the same but for its last bits. false = start again as before, until `max_restarts`."""
     sharding: Annotated[Literal["ddp", "fsdp"], Mark.ROUNDING] = "ddp"
     """ddp: every learner holds all weights. fsdp: each holds its part of them, of gradients, moments and EMA (FSDP2);
     whole are one block at a time, and what is sent or saved. With one learner both are the same."""

@@ -45,8 +45,9 @@ def test_a_device_breaks_in_a_sampler_a_learner_or_a_replica(
 
 @pytest.mark.full
 def test_a_learner_whose_card_is_too_small_is_told_what_to_lower(ray_cluster: Cluster, scenarios: Scenarios) -> None:
-    """Once may be an accident. After that it takes smaller micro-batches: the same update, but for its last bits."""
-    run = scenarios.run("memory", ray_cluster, "learner.max_restarts=20", "run.num_epochs=500").start()
+    """Once may be an accident. After that, where it may, it takes smaller micro-batches: other last bits."""
+    settings = ("learner.max_restarts=20", "learner.shrink_on_oom=true", "run.num_epochs=500")
+    run = scenarios.run("memory", ray_cluster, *settings).start()
     run.reach(1)
     for _ in range(5):
         break_device(ray_cluster, run, "learner-oom", "a learner's card is out of memory", LEARNER, 1)
