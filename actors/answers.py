@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from nft_ray.failures import death
 from nft_ray.roles import TryAgainError
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 REPORT_S = 10.0
 """Seconds between two lines that say what is being waited for."""
+MESSAGES = "ray.messages"
+"""Logger of what Ray says; the command line shows none of it, and keeps it in the run's log."""
 
 
 class DeadlineError(TryAgainError):
@@ -108,4 +111,10 @@ def free_resources() -> str:
 
 def one_line(error: BaseException | None) -> str:
     """An error in one line: Ray's own run over many."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {death(error) or ' '.join(str(error).split())[:300]}"
+
+
+def put_aside(error: BaseException | None) -> None:
+    """All that Ray says of a death, for the log file alone; `one_line` leaves it out."""
+    if death(error) and len(str(error)) > 100:
+        logging.getLogger(MESSAGES).warning("%s: %s", type(error).__name__, error)

@@ -33,7 +33,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
-from actors.answers import DeadlineError, one_line
+from actors.answers import DeadlineError, one_line, put_aside
 from actors.kept import Kept, lost
 from actors.rank import LearnerFactory
 from actors.ranks import GroupError, Ranks
@@ -248,6 +248,7 @@ class LearnerGroup:
             learner.max_restarts,
             "" if smaller or accident else advice,
         )
+        put_aside(failure.__cause__)
 
     def _end(self, why: str, error: BaseException) -> None:
         self._over = f"{why}; start the run again to go on at its last checkpoint"

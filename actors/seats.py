@@ -29,7 +29,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.answers import DeadlineError, answer, free_resources, one_line
+from actors.answers import DeadlineError, answer, free_resources, one_line, put_aside
 from nft_ray.failures import device_failure, lost, store_full
 from nft_ray.roles import TryAgainError
 
@@ -187,6 +187,7 @@ class Seats:
         self._alone_since = time.monotonic()
         why = f"{one_line(error)}; {mended}" if mended else self.told(error)
         logger.warning("%s failed and is replaced; %s: %s", worker.name, self.summary, why)
+        put_aside(error)
         self._fill(worker.seat)
         self.changed.set()
 

@@ -4,6 +4,7 @@
     out_of_memory    of these, the device's memory: a smaller micro-batch may succeed
     lost             an object that is gone with its node or its owner: what made it can make it again
     store_full       no room for an object in shared memory, nor on the disk behind it
+    death            what a person needs of Ray's paragraphs on who has died
 
 Whatever is none of these is the code's own exception: it would be the same anywhere. A failure is looked for in the
 exception, in what Ray wrapped (`cause`) and in what it was raised from.
@@ -30,6 +31,24 @@ BROKEN = re.compile(
     r"Unexpected error from cuda|\b(ECC|Xid)\b"
 )
 """How they arrive where torch has no class of its own for them: as RuntimeErrors."""
+DEATHS = {
+    "ActorUnavailableError": "its process or its node cannot be reached",
+    "NodeDiedError": "its node has died",
+    "WorkerCrashedError": "its process has died",
+    "OutOfMemoryError": "its node ran low on memory, so Ray killed it",
+    "OwnerDiedError": "the process that owned it has ended",
+}
+CAUSES = {
+    "its node has died": "its node has died",
+    "NODE_OUT_OF_MEMORY": "its node ran low on memory, so Ray killed it",
+    "running low on memory": "its node ran low on memory, so Ray killed it",
+    "killed by `ray.kill`": "it was killed by ray.kill",
+    "its owner has died": "the process that started it has ended",
+    "references to the actor were removed": "nobody held it any more",
+    "its worker process has died": "its process was killed or crashed",
+}
+"""Of an ActorDiedError, by words of its text, which also lists what else might have been."""
+PID, IP = re.compile(r"\bpid: (\d+)"), re.compile(r"\bip: (\S+)")
 
 
 def device_failure(error: BaseException | None) -> bool:
@@ -52,6 +71,21 @@ def store_full(error: BaseException | None) -> bool:
     return any(_is_a(one, STORE_FULL) for one in _chain(error))
 
 
+def death(error: BaseException | None) -> str:
+    """At most 100 characters on a process, a node or an object that is gone; empty for any other error."""
+    found = next((said for kind, said in DEATHS.items() if _is_a(error, frozenset({f"ray.exceptions.{kind}"}))), "")
+    if error is None or found or not _is_a(error, frozenset({"ray.exceptions.ActorDiedError"})):
+        return found
+    text = " ".join(str(error).split())
+    if "its creation task" in text:
+        return f"its start failed: {str(error).strip().splitlines()[-1].strip()}"[:100]
+    said = next((said for words, said in CAUSES.items() if words in text), "The actor died, and Ray does not say why")
+    if status := re.search(r"with an exit code (-?\d+)", text):
+        said = f"its process ended with status {status[1]}"
+    where = [f"{name}{value[1]}" for name, value in (("pid ", PID.search(text)), ("on ", IP.search(text))) if value]
+    return f"{said} ({' '.join(where)})"[:100] if where else said
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The exception and what is behind it, each once: Ray's wrapper and its cause name each other."""
     waiting, seen = [error], set[int]()
@@ -68,7 +102,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         waiting.append(one.__cause__)
 
 
-def _is_a(error: BaseException, names: frozenset[str]) -> bool:
+def _is_a(error: BaseException | None, names: frozenset[str]) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from ray.core.generated.common_pb2 import ErrorType
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, ErrorType
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnavailableError,
     ObjectLostError,
     ObjectReconstructionFailedError,
     ObjectStoreFullError,
@@ -16,10 +17,11 @@ from ray.exceptions import (
     OwnerDiedError,
     RayTaskError,
     ReferenceCountingAssertionError,
+    WorkerCrashedError,
 )
 from torch.distributed import DistBackendError
 
-from nft_ray.failures import device_failure, lost, out_of_memory, store_full
+from nft_ray.failures import death, device_failure, lost, out_of_memory, store_full
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 DEVICE = (
@@ -99,3 +101,50 @@ def test_cublas_without_memory_is_out_of_memory() -> None:
 def test_it_needs_neither_torch_nor_ray() -> None:
     code = "import sys, nft_ray.failures; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def died(message: str, pid: int = 9451) -> ActorDiedError:
+    """As Ray makes it."""
+    return ActorDiedError(
+        ActorDiedErrorContext(
+            class_name="SamplerActor",
+            actor_id=bytes(16),
+            pid=pid,
+            name="quickstart/sampler-1",
+            ray_namespace="c56dc23a-800a-4839-9ee4-fa046ddb2a06",
+            node_ip_address="10.0.0.7" if pid else "",
+            error_message=message,
+        )
+    )
+
+
+EXITS = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+CRASH = (
+    "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the "
+    "process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the "
+    "worker crashed unexpectedly due to SIGSEGV or another unexpected error."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (died(EXITS + CRASH), "its process was killed or crashed (pid 9451 on 10.0.0.7)"),
+        (died(EXITS + "Worker exits with an exit code 1."), "its process ended with status 1 (pid 9451 on 10.0.0.7)"),
+        (died("The actor died because its node has died. Node Id: 3f" + 50 * "a", 0), "its node has died"),
+        (
+            died(EXITS.replace("SYSTEM_ERROR", "NODE_OUT_OF_MEMORY") + "Task was killed"),
+            "its node ran low on memory, so Ray killed it (pid 9451 on 10.0.0.7)",
+        ),
+        (died("The actor is dead because it was killed by `ray.kill`.", 0), "it was killed by ray.kill"),
+        (ActorDiedError(), "The actor died, and Ray does not say why"),
+        (ActorUnavailableError("RpcError: " + 300 * "x", bytes(16)), "its process or its node cannot be reached"),
+        (OutOfMemoryError("Task was killed due to " + 500 * "x"), "its node ran low on memory, so Ray killed it"),
+        (WorkerCrashedError(), "its process has died"),
+        (ValueError("its node has died"), ""),
+        (None, ""),
+    ],
+)
+def test_of_a_death_is_said_what_a_person_needs(error: BaseException | None, line: str) -> None:
+    assert death(error) == line
+    assert len(line) <= 100

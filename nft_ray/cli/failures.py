@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray.config import masked_text
+from nft_ray.failures import death
 from nft_ray.roles import ObjectsLostError, StateLostError, TryAgainError
 
 FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
@@ -117,7 +118,7 @@ def _line(error: BaseException) -> str:
     """An error's own message on one line; with its type where that says more than the message."""
     name, message = type(error).__name__, " ".join(str(error).split())
     if _of_ray(error):
-        return FULL.get(name) or f"Ray: {name}: {message[:300]}"
+        return FULL.get(name) or f"Ray: {name}: {death(error) or message[:300]}"
     if isinstance(error, EXPECTED) and message:
         return message
     return f"{name}: {message}" if message else name

@@ -5,9 +5,11 @@ import logging
 from typing import Any
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 
 from actors import answers
-from actors.answers import DeadlineError, together, waiting
+from actors.answers import MESSAGES, DeadlineError, one_line, put_aside, together, waiting
+from nft_ray.cli.failures import NOISY
 
 
 def test_a_wait_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -37,3 +39,12 @@ def test_the_first_failure_cancels_the_rest() -> None:
 
 async def _together(*work: Any) -> None:
     await together([item() for item in work])
+
+
+def test_rays_paragraph_on_a_death_is_kept_for_the_log_file(caplog: pytest.LogCaptureFixture) -> None:
+    error = WorkerCrashedError()
+    assert one_line(error) == "WorkerCrashedError: its process has died"
+    put_aside(error)
+    put_aside(ValueError("is told in full"))
+    assert [(one.name, one.getMessage()) for one in caplog.records] == [(MESSAGES, f"WorkerCrashedError: {error}")]
+    assert MESSAGES in NOISY
