@@ -97,7 +97,8 @@ async def evaluate(
             for request in left:
                 group.create_task(one(request))
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+        raise first from first.__cause__  # without the group, but with what it came from
     if any(info.non_finite for _, info in infos):
         _log.warning("evaluation: %s; they are drawn grey, and count", not_finite(infos))
     return folder.replace(folder.results())

@@ -66,7 +66,7 @@ class Plane:
         self.now -= 1
         self.die_after -= 1
         if self.die_after < 0:
-            raise ConnectionError("the cluster is gone")
+            raise ConnectionError("the cluster is gone") from TimeoutError("no answer")
         values = np.array([np.nan if line in self.broken else line for line in lines], np.float32)
         second = -values if self.also else -np.array(lines, np.float32)
         scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=second)}
@@ -111,8 +111,9 @@ def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
 def test_what_was_interrupted_ends_in_the_same_bytes(after: int, tmp_path: Path) -> None:
     whole, cut = EvaluationFolder(tmp_path / "whole"), EvaluationFolder(tmp_path / "cut")
     run(whole, Plane())
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ConnectionError) as gone:
         run(cut, Plane(die_after=after))
+    assert isinstance(gone.value.__cause__, TimeoutError)  # says whether it helps to try again
     (cut.path / "results.jsonl").open("a").write('{"line": 49, "pro')
     left = run(cut, Plane())
     assert len(left) == 50 - 4 * after

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nft_ray.rewards.base import Scores
-from nft_ray.rewards.unique import Unique
+from nft_ray.rewards.unique import Unique, blamed
+from nft_ray.roles import RewardError
 
 
 class Counting:
@@ -168,6 +169,23 @@ def test_a_missing_score_is_no_mistake_and_other_errors_are_not_the_users() -> N
     for error in (ConnectionError("away"), UnicodeError("of the world")):
         with pytest.raises(type(error), match=f"^{error}$"):
             Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("x"), "KeyError: 'x'"),
+        (OSError("no\nsuch file"), "OSError: no such file"),
+        (UnicodeError("of the world"), "UnicodeError: of the world"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_where_it_cannot_be_asked_elsewhere_what_it_raises_names_it_and_the_place(error: Exception, said: str) -> None:
+    with pytest.raises(RewardError, match=rf"^reward mine: {said} \(test_unique\.py:\d+\)$") as raised, blamed("mine"):
+        Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
+    assert raised.value.__cause__ is error
+    with pytest.raises(ValueError, match="^reward mine: prompt 0 has no tag$"), blamed("mine"):
+        Unique("mine", Saying(ValueError("prompt 0 has no tag"))).score(images(1), ["a"], [{}])
 
 
 @pytest.mark.parametrize(
