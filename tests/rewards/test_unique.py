@@ -184,7 +184,7 @@ def test_where_it_cannot_be_asked_elsewhere_what_it_raises_names_it_and_the_plac
     with pytest.raises(RewardError, match=rf"^reward mine: {said} \(test_unique\.py:\d+\)$") as raised, blamed("mine"):
         Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
     assert raised.value.__cause__ is error
-    with pytest.raises(ValueError, match="^reward mine: prompt 0 has no tag$"), blamed("mine"):
+    with pytest.raises(ValueError, match=r"^reward mine: prompt 0 has no tag$"), blamed("mine"):
         Unique("mine", Saying(ValueError("prompt 0 has no tag"))).score(images(1), ["a"], [{}])
 
 
