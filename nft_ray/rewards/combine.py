@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nft_ray.rewards.base import Scores, check_scores
+from nft_ray.rewards.base import Scores, check_scores, without_infinite
 from nft_ray.types import Rewards
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -54,6 +54,7 @@ def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapp
     """
     raw: dict[str, np.ndarray] = {}
     details: dict[str, np.ndarray] = {}
+    infinite: set[str] = set()
     for name, found in scores.items():
         if found is None:
             raw[name] = np.full(num_images, np.nan, np.float32)
@@ -62,12 +63,17 @@ def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapp
             checked = check_scores(found, num_images)
         except ValueError as error:
             raise ValueError(f"reward {name}: {error}") from None
-        raw[name] = checked.values
+        raw[name] = without_infinite(checked.values)
+        if np.isinf(checked.values).any():
+            infinite.add(name)
         details |= {f"{name}/{detail}": value for detail, value in checked.details.items()}
-    raw = without_excess(raw, weights)
+    sums = without_excess(raw, weights)
+    infinite |= {name for name in raw if np.isnan(sums[name]).sum() > np.isnan(raw[name]).sum()}
+    raw = sums
     return Rewards(
         raw=raw,
         details=details,
         total=combine_total(raw, weights),
         missing={name: np.isnan(values) for name, values in raw.items()},
+        infinite=frozenset(infinite),
     )

@@ -116,7 +116,7 @@ class Unique:
         for i, (digest, sketch) in enumerate(zip(digests, sketches, strict=True)):
             row = (float(scores.values[i]), {name: float(detail[i]) for name, detail in scores.details.items()})
             rows[digest] = row
-            if not np.isnan(row[0]) and digest not in self._known:
+            if np.isfinite(row[0]) and digest not in self._known:
                 self._known[digest] = (sketch, row)
                 self._sketches[sketch] += 1
         while len(self._known) > self._capacity:

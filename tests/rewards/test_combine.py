@@ -56,6 +56,7 @@ def test_a_total_beyond_float32_is_missing_for_the_reward_that_took_it_there() -
         rewards = assemble(scores, 4, {"huge": 10.0, "small": 1.0})
     np.testing.assert_array_equal(rewards.total, [NAN, NAN, NAN, 11])
     np.testing.assert_array_equal(rewards.raw["huge"], np.array([NAN, 1e38, NAN, 1], np.float32))
+    assert rewards.infinite == {"huge"}
     assert rewards.missing["huge"].tolist() == [True, False, True, False]
     assert rewards.missing["small"].tolist() == [False, True, False, False]
     assert np.isfinite(assemble(scores, 4, {"huge": 1.0}).total).all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nft_ray.rewards.base import Scores
+from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.unique import Unique, blamed
 from nft_ray.roles import RewardError
 
@@ -146,8 +147,12 @@ def test_an_infinite_score_is_a_missing_one(beyond: float) -> None:
     found = Unique("mine", Saying(Scores(values=given, details={"exact": given}))).score(
         images(1, 2, 3), ["a"] * 3, [{}] * 3
     )
-    for array in (found.values, found.details["exact"]):
+    np.testing.assert_array_equal(found.details["exact"], np.array([0, np.nan, 2], np.float32))
+    rewards = assemble({"mine": found, "other": None}, 3, {"mine": 1.0})
+    for array in (rewards.raw["mine"], rewards.total):
         np.testing.assert_array_equal(array, np.array([0, np.nan, 2], np.float32))
+    assert rewards.missing["mine"].tolist() == [False, True, False]
+    assert rewards.infinite == {"mine"}
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.uint8, bool])
