@@ -19,7 +19,7 @@ from nft_ray.rewards.base import Reward, Scores, load_reward
 from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.monitored import Monitored
 from nft_ray.rewards.outage import Outage
-from nft_ray.rewards.unique import Unique
+from nft_ray.rewards.unique import Unique, blamed
 from nft_ray.roles import EvaluationRoles, Roles
 from nft_ray.types import (
     Adapters,
@@ -62,7 +62,8 @@ class LocalSamplers:
 
 
 class LocalScorers:
-    """Every reward in this process. An exception is the user's to see: there is no other replica to try.
+    """Every reward in this process. An exception is the user's to see, as a RewardError or a ValueError: there is no
+    other replica to try.
 
     That of a reward that only monitors is not: training goes on without it.
     """
@@ -81,7 +82,8 @@ class LocalScorers:
         scores: dict[str, Scores | None] = {}
         for name, reward in self._rewards.items():
             if name in self._weights:
-                scores[name] = reward.score(rollout.images, texts, metadata)
+                with blamed(name):
+                    scores[name] = reward.score(rollout.images, texts, metadata)
                 continue
             found = self._monitor(request.split, name, rollout.images, texts, metadata)
             if request.split == "eval":

@@ -39,6 +39,10 @@ class StateLostError(RuntimeError):
     """The learners started anew and the newest finished epoch is nowhere any more: the newest checkpoint is."""
 
 
+class RewardError(RuntimeError):
+    """A reward raised what is no word about its input: "reward NAME: KeyError: 'x' (FILE:LINE)", from that error."""
+
+
 class Samplers(Protocol):
     """A pool of samplers: any of them can serve any request, none keeps anything that cannot be sent again."""
 

@@ -75,7 +75,9 @@ class Trainer:
                     begin = partial(self.recover, lost)
                 except NotFiniteError as bad:
                     begin = partial(self.go_back, bad)
-            self.log_late(await self.scorers.drained())
+            late = await self.scorers.drained()
+            self.folder.check_lock()
+            self.log_late(late)
             await self.saving.done()
         except BaseException:
             await self.saving.keep(self.good)  # SIGTERM, too: what is finished is not lost
@@ -275,7 +277,8 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+        raise first from first.__cause__  # without the group, but with what it came from
     return [task.result() for task in tasks]
 
 

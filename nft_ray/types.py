@@ -124,13 +124,15 @@ class Rewards:
     """Scores of one rollout's N images. A reward that could not be had is NaN and `missing`, never 0.
 
     raw: reward name -> f32 (N,); details: "reward/detail" -> f32 (N,); total f32 (N,), NaN where a trained reward is
-    missing; missing: reward name -> bool (N,).
+    missing; missing: reward name -> bool (N,); infinite: rewards of which some are missing because they were infinite
+    or beyond float32: asked again, they would be so again.
     """
 
     raw: dict[str, np.ndarray]
     details: dict[str, np.ndarray]
     total: np.ndarray
     missing: dict[str, np.ndarray]
+    infinite: frozenset[str] = frozenset()
 
     def values(self, name: str) -> np.ndarray:
         """A reward or a detail, f64 (N,); all NaN where a reward that could not be had left no such detail."""

@@ -146,5 +146,5 @@ def _reward_metrics(groups: Sequence[ScoredGroup], finite: np.ndarray) -> dict[s
     for name, value in values.items():
         found = value[finite & np.isfinite(value)]
         if len(found):
-            metrics[f"reward/{name}"] = float(found.mean())
+            metrics[f"reward/{name}"] = float(found.mean(dtype=np.float64))  # a sum of float32 may be infinite
     return metrics

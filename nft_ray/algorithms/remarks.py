@@ -31,8 +31,9 @@ def remarks(
         missing, seen = int((np.isnan(values) & finite).sum()), values[~np.isnan(values)]
         if missing:
             found[f"missing {name}"] = (
-                f"epoch {epoch}: reward {name} gave no number, or an infinite one, for {missing} of {finite.sum()} "
-                f"images; they are left out of the update, and further ones only counted (reward/missing/{name})"
+                f"epoch {epoch}: reward {name} gave no number, or an infinite one, or one that (with its weight) is "
+                f"beyond float32, for {missing} of {finite.sum()} images; they are left out of the update, and further "
+                f"ones only counted (reward/missing/{name})"
             )
         if len(seen) and constant[name].all():
             what = f"{seen[0]:g} to every image" if seen.min() == seen.max() else "all images of each prompt the same"

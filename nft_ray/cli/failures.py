@@ -2,6 +2,7 @@
 
     ValueError                       the user's: the line says what to change                          1
     RuntimeError, OSError            the world's: its message                                          1
+    RewardError                      of a reward's code: its message, the traceback                    1
     TryAgainError, a lost worker     the world's, and gone when it is tried again                     75
     anything else                    perhaps a fault of ours: its type, its message, the traceback     1
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from nft_ray.config import masked_text
 from nft_ray.failures import death
-from nft_ray.roles import ObjectsLostError, StateLostError, TryAgainError
+from nft_ray.roles import ObjectsLostError, RewardError, StateLostError, TryAgainError
 
 FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
 LOG = "log.txt"
@@ -84,8 +85,9 @@ def explained(error: BaseException) -> tuple[str, int]:
         line = f"{line} (a fault of nft_ray: please report it)"
     notes = [note for each in {id(one): one for one in (error, cause)}.values() for note in _notes(each)]
     if not expected or not isinstance(cause, ValueError):
-        place = write_traceback(error, always=not expected)
-        notes += [f"the traceback is in {place}"] if place and not expected else []
+        foreign = not expected or isinstance(cause, RewardError)  # only the traceback says where to look
+        place = write_traceback(error, always=foreign)
+        notes += [f"the traceback is in {place}"] if place and foreign else []
     return f"nft-ray: {'; '.join([line, *notes])}", TRY_AGAIN if retryable(error) else FAILED
 
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from nft_ray.cli.connection import dashboard_of
 from nft_ray.cli.console import say
 from nft_ray.rewards.base import Scores, check_lines, load_reward, reward_config
-from nft_ray.rewards.unique import Unique
+from nft_ray.rewards.unique import Unique, blamed
 
 SCORE_S = 600.0
 """Deadline of one picture: a reward that is scaled to nothing has to load its model first."""
@@ -26,7 +26,9 @@ def score(args: argparse.Namespace) -> int:
     config = reward_config(args.reward, section) if args.address is None else None
     check_lines(args.reward, zip(prompts, metadata, strict=True), config)
     if args.address is None:
-        scores = Unique(args.reward, load_reward(args.reward, section)).score(images, prompts, metadata)
+        reward = Unique(args.reward, load_reward(args.reward, section))
+        with blamed(args.reward):
+            scores = reward.score(images, prompts, metadata)
     else:
         scores = _score_deployed(args, images, prompts, metadata)
     details = {name: _number(values[0]) for name, values in scores.details.items()}

@@ -63,6 +63,7 @@ async def evaluate(
     room = asyncio.Semaphore(pipeline_depth(config))
     trained = config.trained_weights.keys()  # a reward that is only measured stops nothing, as in training
     num_lines, done, missing = sum(request.num_images for request in requests), len(kept), 0
+    infinite: set[str] = set()
     infos: list[tuple[RolloutRequest, RolloutInfo]] = []
 
     async def one(request: RolloutRequest) -> None:
@@ -83,13 +84,14 @@ async def evaluate(
         lines = line_results(request, rewards)
         folder.append(lines)
         done += len(lines)
+        infinite.update(rewards.infinite & trained)
         missing += sum(not trained.isdisjoint(line.missing) for line in lines)
         progress(done, num_lines)
         if missing > config.scorers.max_missing_fraction * num_lines or missing == num_lines:
             raise RuntimeError(
                 f"{missing} of {num_lines} lines miss a reward ({_named(lines)} in the last batch); "
-                f"scorers.max_missing_fraction allows {config.scorers.max_missing_fraction:.0%}; what was scored is "
-                "kept: run the same command again to go on"
+                f"scorers.max_missing_fraction allows {config.scorers.max_missing_fraction:.0%}; "
+                f"{_advice(infinite, {name for line in lines for name in line.missing} & trained)}"
             )
 
     try:
@@ -97,7 +99,8 @@ async def evaluate(
             for request in left:
                 group.create_task(one(request))
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+        raise first from first.__cause__  # without the group, but with what it came from
     if any(info.non_finite for _, info in infos):
         _log.warning("evaluation: %s; they are drawn grey, and count", not_finite(infos))
     return folder.replace(folder.results())
@@ -117,6 +120,16 @@ def spaced(num_lines: int, count: int = PICTURES) -> list[int]:
 def _save(folder: EvaluationFolder, request: RolloutRequest, images: np.ndarray, rows: Sequence[int]) -> None:
     for row in rows:
         folder.save_image(request.items[row].prompt.id, images[row])
+
+
+def _advice(infinite: Collection[str], missing: Collection[str]) -> str:
+    """What helps, of the rewards that are missing now. `infinite`: those that were, and would be again."""
+    again = "what was scored is kept: run the same command again to go on"
+    if not infinite:
+        return again
+    names = ", ".join(sorted(infinite))
+    gave = f"{names} gave infinite scores, or some beyond float32, and would again: mend what it computes"
+    return gave if set(missing) <= set(infinite) else f"{gave}; {again}"
 
 
 def _named(lines: Sequence[LineResult]) -> str:

@@ -54,7 +54,8 @@ class Scores:
     """What a reward says about B images.
 
     values: f32 (B,), higher is better, finite or NaN = missing; details: name -> the same, measured beside it. Other
-    real numbers become float32 on their way, infinite ones NaN (`check_scores`): a reward need not think of that.
+    real numbers become float32 on their way (`check_scores`), and what is infinite says nothing of its image: it is
+    missing (`combine.assemble`). A reward need not think of that.
     """
 
     values: np.ndarray
@@ -205,8 +206,8 @@ def check_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[M
 def check_scores(scores: Scores, num_images: int) -> Scores:
     """What a reward returned as float32 (B,) arrays; other real numbers are converted: NumPy makes float64 of a float.
 
-    An infinite one, or one beyond float32, says nothing of its image: NaN, missing. ValueError, without the reward's
-    name, where there is not one number per image.
+    One beyond float32 becomes infinite, and a detail that is becomes NaN. ValueError, without the reward's name, where
+    there is not one number per image.
     """
     if not isinstance(scores, Scores):
         raise ValueError(f"returned a {type(scores).__name__}; return nft_ray.rewards.base.Scores")
@@ -216,12 +217,19 @@ def check_scores(scores: Scores, num_images: int) -> Scores:
     for name in scores.details:
         if not isinstance(name, str):
             raise ValueError(f"returned a detail named {name!r}; {rule}")
+    details = {
+        name: _column(f"values of the detail {name!r}", array, num_images) for name, array in scores.details.items()
+    }
     return Scores(
         values=_column("values", scores.values, num_images),
-        details={
-            name: _column(f"values of the detail {name!r}", array, num_images) for name, array in scores.details.items()
-        },
+        details={name: without_infinite(array) for name, array in details.items()},
     )
+
+
+def without_infinite(array: np.ndarray) -> np.ndarray:
+    """NaN in place of what is infinite."""
+    infinite = np.isinf(array)
+    return np.where(infinite, np.float32(np.nan), array) if infinite.any() else array
 
 
 def _column(what: str, array: np.ndarray, num_images: int) -> np.ndarray:
@@ -231,9 +239,7 @@ def _column(what: str, array: np.ndarray, num_images: int) -> np.ndarray:
     if array.shape != (num_images,) or not np.can_cast(array.dtype, np.float32, "same_kind"):
         raise ValueError(f"returned {what} as {array.dtype} {array.shape} {rule}")
     with np.errstate(over="ignore"):
-        column = array.astype(np.float32, copy=False)
-    infinite = np.isinf(column)
-    return np.where(infinite, np.float32(np.nan), column) if infinite.any() else column
+        return array.astype(np.float32, copy=False)
 
 
 def one_line(error: ValidationError, where: str, *, known: Sequence[str] = ()) -> str:

@@ -4,13 +4,25 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nft_ray.rewards.base import Scores, check_scores
+from nft_ray.rewards.base import Scores, check_scores, without_infinite
 from nft_ray.types import Rewards
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def combine_total(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """`weighted_sum` as float32 (G,): what `Rewards.total` holds."""
-    return weighted_sum(raw, weights).astype(np.float32)
+    """`weighted_sum` as float32 (G,): what `Rewards.total` holds. NaN where it is beyond float32."""
+    total = weighted_sum(raw, weights)
+    return np.where(np.abs(total) > LARGEST, np.nan, total).astype(np.float32)
+
+
+def without_excess(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """`raw`, with NaN in place of the score that takes a total beyond float32: the one with the largest |w_k r_k|."""
+    (beyond,) = np.nonzero(np.abs(weighted_sum(raw, weights)) > LARGEST)
+    found = {name: values.copy() for name, values in raw.items()} if len(beyond) else dict(raw)
+    for image in beyond:
+        found[max(weights, key=lambda name: abs(weights[name] * float(raw[name][image])))][image] = np.nan
+    return found
 
 
 def weighted_sum(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -35,11 +47,14 @@ def weighted_sum(raw: Mapping[str, np.ndarray], weights: Mapping[str, float]) ->
 def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapping[str, float]) -> Rewards:
     """What every reward said of one rollout, as one record; None = that reward could not be had: NaN and missing.
 
+    A finite score whose weighted sum is beyond float32 is missing, too.
+
     scores: reward name -> Scores of (num_images,), details become "reward/detail"; weights: as in `weighted_sum`.
     ValueError, naming the reward, where they are not one number per image: who answered under its name was not ours.
     """
     raw: dict[str, np.ndarray] = {}
     details: dict[str, np.ndarray] = {}
+    infinite: set[str] = set()
     for name, found in scores.items():
         if found is None:
             raw[name] = np.full(num_images, np.nan, np.float32)
@@ -48,11 +63,17 @@ def assemble(scores: Mapping[str, Scores | None], num_images: int, weights: Mapp
             checked = check_scores(found, num_images)
         except ValueError as error:
             raise ValueError(f"reward {name}: {error}") from None
-        raw[name] = checked.values
+        raw[name] = without_infinite(checked.values)
+        if np.isinf(checked.values).any():
+            infinite.add(name)
         details |= {f"{name}/{detail}": value for detail, value in checked.details.items()}
+    sums = without_excess(raw, weights)
+    infinite |= {name for name in raw if np.isnan(sums[name]).sum() > np.isnan(raw[name]).sum()}
+    raw = sums
     return Rewards(
         raw=raw,
         details=details,
         total=combine_total(raw, weights),
         missing={name: np.isnan(values) for name, values in raw.items()},
+        infinite=frozenset(infinite),
     )

@@ -13,14 +13,18 @@ hashed in a second thread while they are scored.
 
 import hashlib
 import json
+import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nft_ray.rewards.base import Reward, Scores, check_batch, check_scores
+from nft_ray.roles import RewardError
 
 CAPACITY = 16384
 """Scores remembered: some hundred bytes each."""
@@ -28,6 +32,22 @@ STRIDE = 32
 """Whole rows: a pixel here and there takes ten times as long to gather."""
 
 Row = tuple[float, dict[str, float]]
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """In here the reward is asked where no other replica can be: what it raises is a RewardError that names it.
+
+    Not so a ValueError, which `Unique` has named.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        message = " ".join(str(error).split())[:300]
+        what = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        raise RewardError(f"reward {name}: {what}{_where(error)}") from error
 
 
 class Unique:
@@ -96,7 +116,7 @@ class Unique:
         for i, (digest, sketch) in enumerate(zip(digests, sketches, strict=True)):
             row = (float(scores.values[i]), {name: float(detail[i]) for name, detail in scores.details.items()})
             rows[digest] = row
-            if not np.isnan(row[0]) and digest not in self._known:
+            if np.isfinite(row[0]) and digest not in self._known:
                 self._known[digest] = (sketch, row)
                 self._sketches[sketch] += 1
         while len(self._known) > self._capacity:
@@ -105,6 +125,15 @@ class Unique:
             if not self._sketches[sketch]:
                 del self._sketches[sketch]
         return rows
+
+
+def _where(error: Exception) -> str:
+    """The line of the reward's own file at which it was; empty where it was not reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = max((place for place, frame in enumerate(frames) if frame.filename == __file__), default=len(frames))
+    within = frames[last + 1 :]
+    at = next((frame for frame in reversed(within) if frame.filename == within[0].filename), None)
+    return f" ({Path(at.filename).name}:{at.lineno})" if at else ""
 
 
 def _assembled(rows: Sequence[Row]) -> Scores:

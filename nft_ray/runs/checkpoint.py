@@ -148,6 +148,18 @@ def facts_of(path: Path) -> dict[str, Any]:
 
     One from before there were sums is taken as it is, if its files are there.
     """
+    facts = outline_of(path)
+    files = facts.get("files", {})
+    with ThreadPoolExecutor(SUMMING) as threads:  # while a run starts there is nothing else to do
+        found = dict(zip(files, threads.map(_sum, [path / name for name in files]), strict=True))
+    for name, expected in files.items():
+        if found[name] != expected:
+            raise DamagedError(f"{name}: holds other bytes than were written (sha256)")
+    return facts
+
+
+def outline_of(path: Path) -> dict[str, Any]:
+    """As `facts_of`, at once: of the files that they are there, with as many bytes as were written."""
     try:
         facts = json.loads((path / STATE).read_text(encoding="utf-8"))
         numbers, files, seal = facts["versions"], facts.get("files"), facts.get("sha256")
@@ -167,18 +179,11 @@ def facts_of(path: Path) -> dict[str, Any]:
         files = {f"{name}.safetensors": None for name in names}
     elif files is None or seal != _seal(facts):
         raise DamagedError(f"{STATE}: its sum is another than it says; it was changed")
-    for name in files:
+    for name, expected in files.items():
         if not (path / name).is_file():
             raise DamagedError(f"{name}: is missing")
-    summed = [name for name, expected in files.items() if expected is not None]
-    with ThreadPoolExecutor(SUMMING) as threads:  # while a run starts there is nothing else to do
-        found = dict(zip(summed, threads.map(_sum, [path / name for name in summed]), strict=True))
-    for name in summed:
-        size, expected = found[name]["bytes"], files[name]
-        if size != expected["bytes"]:
+        if expected is not None and (size := (path / name).stat().st_size) != expected["bytes"]:
             raise DamagedError(f"{name}: has {size} bytes, {expected['bytes']} were written")
-        if found[name] != expected:
-            raise DamagedError(f"{name}: holds other bytes than were written (sha256)")
     return dict(facts)
 
 

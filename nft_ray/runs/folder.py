@@ -35,6 +35,7 @@ from nft_ray.runs.checkpoint import (
     facts_of,
     holds_an_epoch,
     name_of,
+    outline_of,
     promote_partial,
     put_aside,
     read_checkpoint,
@@ -254,7 +255,7 @@ class RunFolder:
 
     def _finished_epochs(self) -> list[int]:
         """Of the checkpoints here and at the URL."""
-        here = {epoch_of(path) for path in checkpoint_folders(self.checkpoints) if (path / "state.json").is_file()}
+        here = {epoch_of(path) for path in checkpoint_folders(self.checkpoints) if self._seems_whole(path)}
         return sorted(here.union(self.remote.epochs() if self.remote else ()))
 
     def _is_blank(self) -> bool:
@@ -305,7 +306,7 @@ class RunFolder:
         """What kills left is put right; what is damaged, or beyond the end, is put aside: no rotation counts it."""
         promote_partial(self.checkpoints)
         for path in checkpoint_folders(self.checkpoints):
-            if self._last is not None and epoch_of(path) > self._last:
+            if self._last is not None and epoch_of(path) > self._last and self._seems_whole(path):
                 aside = put_aside(path, BEYOND)
                 _log.warning("run.num_epochs = %d: %s is put aside as %s", self._last, path, aside.name)
                 continue
@@ -321,9 +322,17 @@ class RunFolder:
                 "what is there"
             )
 
-    def _facts_of_ours(self, path: Path) -> dict[str, Any]:
+    def _seems_whole(self, path: Path) -> bool:
+        """Without a look at what its files hold."""
+        try:
+            self._facts_of_ours(path, outline_of)
+        except DamagedError:
+            return False
+        return True
+
+    def _facts_of_ours(self, path: Path, read: Callable[[Path], dict[str, Any]] = facts_of) -> dict[str, Any]:
         """What state.json says; DamagedError where the sums are wrong, or another run wrote it."""
-        facts = facts_of(path)
+        facts = read(path)
         if facts.get("epoch") != epoch_of(path):
             raise DamagedError(f"state.json: is of epoch {facts.get('epoch')}")
         run, ours = facts.get("run"), self.identity

@@ -104,9 +104,18 @@ def test_a_missing_reward_is_named_and_counted() -> None:
     shares = {name: batch.metrics[f"reward/missing{name}"] for name in ("", "/geneval", "/ocr")}
     assert shares == {"": 1 / 4, "/geneval": 1 / 8, "/ocr": 1 / 8}
     assert batch.remarks["missing geneval"].startswith(
-        "epoch 4: reward geneval gave no number, or an infinite one, for 1 of 8 images"
+        "epoch 4: reward geneval gave no number, or an infinite one, or one that (with its weight) is beyond float32, "
+        "for 1 of 8 images"
     )
     assert set(batch.remarks) == {"missing geneval", "missing ocr"}
+
+
+def test_huge_rewards_have_a_mean() -> None:
+    """Their sum is beyond float32, each of them is not."""
+    with np.errstate(all="raise"):
+        batch = make_batch([scored(1, [1e38, 2e38, 3e38, 2e38]), scored(2, [2e38] * 4)], CONFIG)
+    assert batch.metrics["reward/total"] == batch.metrics["reward/geneval"] == pytest.approx(2e38)
+    assert batch.remarks == {}
 
 
 @pytest.mark.parametrize("combine", ["sum", "normalized"])

@@ -10,7 +10,7 @@ import pytest
 
 from nft_ray.cli import failures, main
 from nft_ray.cli.failures import NOISY, RunLog, explained, log_to
-from nft_ray.roles import ObjectsLostError, TryAgainError
+from nft_ray.roles import ObjectsLostError, RewardError, TryAgainError
 
 BUG = "a fault of nft_ray"
 
@@ -92,6 +92,16 @@ def test_what_is_kept_stands_at_the_end_and_the_traceback_in_the_runs_log(tmp_pa
     line, _ = explained(error)
     assert line == ("nft-ray: 25% of the samples miss a reward; epoch 3 is kept in runs/x/checkpoints/epoch-000003")
     assert "in raised" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_reward_that_raised_is_named_and_is_no_fault_of_ours(tmp_path: Path) -> None:
+    log_to(tmp_path)
+    error = RewardError("reward flaky: KeyError: 'x' (flaky.py:7)")
+    error.__cause__ = raised(KeyError("x"))
+    line, status = explained(raised(error))
+    assert line == f"nft-ray: {error}; the traceback is in {tmp_path / 'log.txt'}"
+    assert status == 1
+    assert "KeyError: 'x'" in (tmp_path / "log.txt").read_text()
 
 
 def test_rays_errors_are_one_line_each() -> None:

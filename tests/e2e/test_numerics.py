@@ -105,8 +105,9 @@ def test_an_infinite_score_is_a_missing_one_named_once(
     lines = [line for line in read_metrics(tmp_path / "inf") if line["epoch"]]
     assert [line["reward/missing/geneval"] for line in lines] == [0.25, 0.25]
     assert warnings(caplog, "geneval gave no number") == [
-        "epoch 1: reward geneval gave no number, or an infinite one, for 3 of 12 images; they are left out of the "
-        "update, and further ones only counted (reward/missing/geneval)"
+        "epoch 1: reward geneval gave no number, or an infinite one, or one that (with its weight) is "
+        "beyond float32, for 3 of 12 images; they are left out of the update, and further ones only "
+        "counted (reward/missing/geneval)"
     ]
 
 

@@ -34,12 +34,15 @@ PROMPTS = PromptSet(lines=tuple(Prompt(id=i, text=f"prompt {i}") for i in range(
 class Plane:
     """Samplers and scorers in one: images hold their line, the score is the line.
 
-    `broken` lines miss the first reward, and the second one `also`.
+    `broken` lines miss the first reward, which `gives` what is no number, and the second one `also`.
     """
 
     size = 2
 
-    def __init__(self, broken: tuple[int, ...] = (), die_after: int = 10**6, also: bool = True) -> None:
+    def __init__(
+        self, broken: tuple[int, ...] = (), die_after: int = 10**6, also: bool = True, gives: float = np.nan
+    ) -> None:
+        self.gives = gives
         self.broken, self.die_after, self.also = broken, die_after, also
         self.drawn: list[int] = []
         self.now = self.most = 0
@@ -66,8 +69,8 @@ class Plane:
         self.now -= 1
         self.die_after -= 1
         if self.die_after < 0:
-            raise ConnectionError("the cluster is gone")
-        values = np.array([np.nan if line in self.broken else line for line in lines], np.float32)
+            raise ConnectionError("the cluster is gone") from TimeoutError("no answer")
+        values = np.array([self.gives if line in self.broken else line for line in lines], np.float32)
         second = -values if self.also else -np.array(lines, np.float32)
         scores = {"jpeg_compressibility": Scores(values=values), "jpeg_incompressibility": Scores(values=second)}
         return assemble(scores, len(lines), {"jpeg_compressibility": 1.0})
@@ -111,8 +114,9 @@ def test_every_line_once_with_a_bound_in_flight(tmp_path: Path) -> None:
 def test_what_was_interrupted_ends_in_the_same_bytes(after: int, tmp_path: Path) -> None:
     whole, cut = EvaluationFolder(tmp_path / "whole"), EvaluationFolder(tmp_path / "cut")
     run(whole, Plane())
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ConnectionError) as gone:
         run(cut, Plane(die_after=after))
+    assert isinstance(gone.value.__cause__, TimeoutError)  # says whether it helps to try again
     (cut.path / "results.jsonl").open("a").write('{"line": 49, "pro')
     left = run(cut, Plane())
     assert len(left) == 50 - 4 * after
@@ -135,6 +139,17 @@ def test_too_many_missing_stop_it_and_keep_what_is_there(tmp_path: Path) -> None
     kept = folder.results()
     assert 12 < sum(bool(r.missing) for r in kept) <= 12 + 4 * pipeline_depth(NARROW)  # those that were about to end
     assert len(kept) < 50
+
+
+@pytest.mark.parametrize("gives", [np.inf, -np.inf])
+def test_where_it_would_be_infinite_again_the_same_command_is_no_advice(tmp_path: Path, gives: float) -> None:
+    broken = tuple(range(10, 50))
+    with pytest.raises(RuntimeError, match=r"; jpeg_compressibility gave infinite scores, .* and would again") as told:
+        run(EvaluationFolder(tmp_path / "inf"), Plane(broken=broken, also=False, gives=gives), config=NARROW)
+    assert "same command" not in str(told.value)
+    with pytest.raises(RuntimeError, match="what was scored is kept: run the same command again") as told:
+        run(EvaluationFolder(tmp_path / "nan"), Plane(broken=broken, also=False), config=NARROW)
+    assert "infinite" not in str(told.value)
 
 
 def test_a_reward_that_is_only_measured_stops_nothing(tmp_path: Path) -> None:

@@ -46,6 +46,23 @@ def test_a_reward_that_could_not_be_had_is_missing_and_never_zero() -> None:
     assert np.isnan(assemble(scores, 2, {"a": 2.0, "b": 1.0}).total).all()
 
 
+def test_a_total_beyond_float32_is_missing_for_the_reward_that_took_it_there() -> None:
+    """Each score is finite, and so is each weight."""
+    scores = {
+        "huge": Scores(values=np.array([1e38, 1e38, -3e38, 1], np.float32)),
+        "small": Scores(values=np.array([1, NAN, 1, 1], np.float32)),
+    }
+    with np.errstate(all="raise"):
+        rewards = assemble(scores, 4, {"huge": 10.0, "small": 1.0})
+    np.testing.assert_array_equal(rewards.total, [NAN, NAN, NAN, 11])
+    np.testing.assert_array_equal(rewards.raw["huge"], np.array([NAN, 1e38, NAN, 1], np.float32))
+    assert rewards.infinite == {"huge"}
+    assert rewards.missing["huge"].tolist() == [True, False, True, False]
+    assert rewards.missing["small"].tolist() == [False, True, False, False]
+    assert np.isfinite(assemble(scores, 4, {"huge": 1.0}).total).all()
+    assert scores["huge"].values[0] == np.float32(1e38)
+
+
 @pytest.mark.parametrize(
     ("values", "found"),
     [

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from nft_ray.rewards.base import Scores
-from nft_ray.rewards.unique import Unique
+from nft_ray.rewards.combine import assemble
+from nft_ray.rewards.unique import Unique, blamed
+from nft_ray.roles import RewardError
 
 
 class Counting:
@@ -145,8 +147,12 @@ def test_an_infinite_score_is_a_missing_one(beyond: float) -> None:
     found = Unique("mine", Saying(Scores(values=given, details={"exact": given}))).score(
         images(1, 2, 3), ["a"] * 3, [{}] * 3
     )
-    for array in (found.values, found.details["exact"]):
+    np.testing.assert_array_equal(found.details["exact"], np.array([0, np.nan, 2], np.float32))
+    rewards = assemble({"mine": found, "other": None}, 3, {"mine": 1.0})
+    for array in (rewards.raw["mine"], rewards.total):
         np.testing.assert_array_equal(array, np.array([0, np.nan, 2], np.float32))
+    assert rewards.missing["mine"].tolist() == [False, True, False]
+    assert rewards.infinite == {"mine"}
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.uint8, bool])
@@ -168,6 +174,23 @@ def test_a_missing_score_is_no_mistake_and_other_errors_are_not_the_users() -> N
     for error in (ConnectionError("away"), UnicodeError("of the world")):
         with pytest.raises(type(error), match=f"^{error}$"):
             Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("x"), "KeyError: 'x'"),
+        (OSError("no\nsuch file"), "OSError: no such file"),
+        (UnicodeError("of the world"), "UnicodeError: of the world"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_where_it_cannot_be_asked_elsewhere_what_it_raises_names_it_and_the_place(error: Exception, said: str) -> None:
+    with pytest.raises(RewardError, match=rf"^reward mine: {said} \(test_unique\.py:\d+\)$") as raised, blamed("mine"):
+        Unique("mine", Saying(error)).score(images(1), ["a"], [{}])
+    assert raised.value.__cause__ is error
+    with pytest.raises(ValueError, match=r"^reward mine: prompt 0 has no tag$"), blamed("mine"):
+        Unique("mine", Saying(ValueError("prompt 0 has no tag"))).score(images(1), ["a"], [{}])
 
 
 @pytest.mark.parametrize(

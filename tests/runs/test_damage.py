@@ -116,6 +116,36 @@ def test_one_under_another_number(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert_epoch_6_is_used(tmp_path, caplog, "state.json: is of epoch 6")
 
 
+def renamed(checkpoint: Path) -> None:
+    """As by a hand that slipped."""
+    checkpoint.rename(checkpoint.with_name("epoch-000012"))
+
+
+def cut_far_on(checkpoint: Path) -> None:
+    renamed(checkpoint)
+    cut(checkpoint.with_name("epoch-000012") / "policy.safetensors")
+
+
+def of_another_run(checkpoint: Path) -> None:
+    other = RunFolder(checkpoint.parents[2] / "other")
+    other.claim(example_config("run.num_epochs=12"))
+    shutil.copytree(other.save(12, learner_state(12)), checkpoint.with_name("epoch-000012"))
+
+
+@pytest.mark.parametrize("damage", [renamed, cut_far_on, of_another_run])
+def test_what_is_no_checkpoint_of_ours_counts_as_no_finished_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    """Epoch 12 of 9 is not finished, whatever a folder is called: the command goes on from the whole one beside it."""
+    damage(run_with(tmp_path / "run", 6, 7).checkpoints / "epoch-000007")
+    folder = RunFolder(tmp_path / "run")
+    folder.check(CONFIG)
+    folder.claim(CONFIG)
+    assert folder.finished() == (7 if damage is of_another_run else 6)
+    assert "epoch-000012.damaged" in names(folder)
+    assert "epoch-000012 is damaged and put aside as epoch-000012.damaged: " in caplog.text
+
+
 def without_sums(checkpoint: Path, **facts: Any) -> None:
     """As they were written before there were any."""
     file = checkpoint / "state.json"
