@@ -77,11 +77,11 @@ def test_a_call_waits_for_a_worker_only_so_long(world: World, monkeypatch: pytes
 
     async def main() -> None:
         world.scripts = [[READY, died()]]
-        workers = world.pool(1, place_s=0.1)
+        workers = world.pool(1, place_s=0.6)
         await workers.start()
         room.places = 0
         with pytest.raises(
-            RuntimeError, match=r"^w: no worker is left of 1, and none could start within 0\.1 s; last: "
+            RuntimeError, match=r"^w: no worker is left of 1, and none could start within 0\.6 s; last: "
         ):
             await workers.call("work", send)
         calls = asyncio.create_task(workers.call("work", send))  # and one that comes later waits as long
