@@ -125,7 +125,8 @@ def _run(
     done = 0 if overwrite else folder.finished()
     kept, table = folder.kept(), closing.closed(folder)
     closed = table is not None and kept is not None and kept[0] == done == config.run.num_epochs
-    if not overwrite and closed and folder.is_sent():
+    whole = closed and not any(stage.is_left(folder.path, done) for stage, _ in stages)  # figures may be lost
+    if not overwrite and whole and folder.is_sent():
         say(f"{table}\nrun {config.run.name} is finished: {folder.path}")
         catch_up(folder, config)
         return 0

@@ -17,11 +17,14 @@ CONFIG = "config.yaml"
 _log = logging.getLogger(__name__)
 
 
-def experiment_of(run: Path) -> dict[str, Any]:
-    """The resolved experiment in the folder of a run. ValueError, one line, where it cannot be read."""
+def experiment_of(run: Path, *, tell: bool = True) -> dict[str, Any]:
+    """The resolved experiment in the folder of a run. ValueError, one line, where it cannot be read.
+
+    tell: where it is taken from its history, a line in the log says so.
+    """
     for path in [run / CONFIG, *sorted((run / "configs").glob("*.yaml"), reverse=True)]:
         if found := experiment_in(_text(path)):
-            if path.name != CONFIG:
+            if path.name != CONFIG and tell:
                 _log.warning("%s cannot be read: %s is taken for it", run / CONFIG, path)
             return found
     raise ValueError(

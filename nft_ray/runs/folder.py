@@ -47,6 +47,7 @@ from nft_ray.runs.experiment import CONFIG, completed, differing, experiment_in,
 from nft_ray.runs.lock import RunLock
 from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.remote import IDENTITY, Remote
+from nft_ray.runs.root import check_place
 from nft_ray.types import LearnerState, Mark
 
 SHOWN = 8
@@ -75,7 +76,7 @@ class RunFolder:
         self.metric = metric
         self.remote = Remote(url, path.name) if url else None
         self.lock = RunLock(path)
-        self._made = False
+        self._made = self._told = False
         self._last: int | None = None
         self._config: dict[str, Any] | None = None
 
@@ -113,12 +114,14 @@ class RunFolder:
         """ValueError where this experiment cannot begin or go on here; writes nothing.
 
         What differs says by its marks whether it can: other settings of placement are nothing, of rounding one
-        warning, any else is refused with the keys. Refused, too, is an epoch to end at that is finished and not kept.
+        warning, any else is refused with the keys. Refused, too, is an epoch to end at that is finished and not kept,
+        and a place that is no folder, or somebody else's.
         """
         self._last = config.run.num_epochs
         there = self.remote.identity() if self.remote else None
+        check_place(self.path, {CONFIG, IDENTITY}, overwrite=overwrite, is_copy=there is not None)
         if overwrite:
-            return self._check_overwritten()
+            return
         if self.remote and there and self.identity and there != self.identity:
             raise ValueError(
                 f"run.checkpoint_url: {self.remote.url} holds the checkpoints of another run of this name; choose "
@@ -218,8 +221,8 @@ class RunFolder:
             return found
         if damaged:
             raise ValueError(
-                f"no whole checkpoint is left of run {self.path.name}: {'; '.join(damaged)}; put a whole one there, "
-                "or begin anew with --overwrite, which keeps what is there"
+                f"no whole checkpoint is left of run {self.path.name}: {'; '.join(sorted(damaged))}; put a whole one "
+                "there, or begin anew with --overwrite, which keeps what is there"
             )
         return None
 
@@ -267,7 +270,8 @@ class RunFolder:
         if not (self.path / CONFIG).exists():
             text = self.remote.config_text() if self.remote else None
             return experiment_in(text) if text else None
-        return experiment_of(self.path)
+        tell, self._told = not self._told, True  # of one that cannot be read, once
+        return experiment_of(self.path, tell=tell)
 
     def _check_same(self, before: Mapping[str, Any], config: ExperimentConfig) -> None:
         after = resolved(config)
@@ -276,17 +280,6 @@ class RunFolder:
                 f"run {config.run.name} exists in {self.path} with another config (differs in: "
                 f"{changes(before, after, others, most=SHOWN)}): choose another name with --set run.name=..., or "
                 "replace that run with --overwrite"
-            )
-
-    def _check_overwritten(self) -> None:
-        """Only what is the folder of a run is replaced."""
-        if not self.path.exists():
-            return
-        inside = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else [self.path.name]
-        if inside and not {CONFIG, IDENTITY}.intersection(inside):
-            raise ValueError(
-                f"--overwrite: {self.path} is no run: it holds no {CONFIG} (but {', '.join(inside[:3])}"
-                f"{', ...' if inside[3:] else ''}); choose another name with --set run.name=..., or move it away"
             )
 
     def _move_aside(self, why: str) -> None:
@@ -316,9 +309,10 @@ class RunFolder:
                 aside = put_aside(path, DAMAGED)
                 _log.warning("checkpoint %s is damaged and put aside as %s: %s", path, aside.name, error)
         if not checkpoint_folders(self.checkpoints) and (lost := list(self.checkpoints.glob(f"*{DAMAGED}"))):
+            names = ", ".join(sorted(path.name for path in lost))
             raise ValueError(
-                f"no whole checkpoint is left of run {self.path.name}: {', '.join(path.name for path in lost)} are "
-                f"damaged in {self.checkpoints}; put a whole one there, or begin anew with --overwrite, which keeps "
+                f"no whole checkpoint is left of run {self.path.name}: {names} are damaged "
+                f"in {self.checkpoints}; put a whole one there, or begin anew with --overwrite, which keeps "
                 "what is there"
             )
 

@@ -3,7 +3,7 @@
 import getpass
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nft_ray.config import ExperimentConfig
@@ -23,6 +23,30 @@ def run_root(config: ExperimentConfig, environment: Mapping[str, str]) -> Path:
     if not root.is_absolute() and in_submitted_job(environment):
         return Path.home() / "nft_ray" / job_user(environment) / root
     return root.absolute()
+
+
+def check_place(run: Path, marks: Collection[str], *, overwrite: bool = False, is_copy: bool = False) -> None:
+    """ValueError, one line, where RUN cannot be the folder of a run, or is the folder of something else.
+
+    marks: files of which a run has one. is_copy: it may be one that was just being fetched from a URL, without them.
+    """
+    there = next(path for path in (run, *run.parents) if path.exists())
+    if there != run and not there.is_dir():
+        raise ValueError(
+            f"run.root: {there} is a file, so no run can lie below it; choose another folder, or move it away"
+        )
+    advice = "choose another name with --set run.name=..., or move it away"
+    option = "--overwrite: " if overwrite else f"run.name = {run.name!r}: "
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise ValueError(f"{option}{run} is no run: it is a file; {advice}")
+    inside = sorted(file.name for file in run.iterdir())
+    if inside and not is_copy and not set(marks).intersection(inside):
+        shown = f"{', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
+        raise ValueError(f"{option}{run} is no run: it holds no {sorted(marks)[0]} (but {shown}); {advice}")
+    if (run / "checkpoints").exists() and not (run / "checkpoints").is_dir() and not overwrite:
+        raise ValueError(f"{option}{run / 'checkpoints'} is a file, where a run has a folder; {advice}")
 
 
 def in_submitted_job(environment: Mapping[str, str]) -> bool:

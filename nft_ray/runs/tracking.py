@@ -11,6 +11,7 @@ how pictures are composed (report.py).
 
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -37,6 +38,11 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 """Of MLflow, where it is not set: its own 7 retries of each request are minutes in which nothing is known."""
+SHOWN = 160
+"""Characters of what MLflow raised, at most: it stands in one line with what that means."""
+WRAPPED = re.compile(r"^(HTTPS?Connection(Pool)?\([^)]*\): |\w+\(|\d+, |<[^>]*>[,:] |['\"])+")
+ENDING = re.compile(r"['\"]\)+[\s.]*$")
+"""Around the message of the innermost of urllib3's errors."""
 _log = logging.getLogger(__name__)
 
 
@@ -221,10 +227,26 @@ def deliver(folder: Path, config: ExperimentConfig, artifacts: Iterable[Path], *
 
 
 def explained(error: Exception, uri: str) -> str:
-    """What MLflow raised, on one line, with what helps where that is known."""
+    """What MLflow raised, on one line of some 160 characters, with what helps where that is known."""
     text = str(error)
-    words = masked_text(" ".join(without_userinfo(text, uri).split()))[:300] or type(error).__name__
-    return "; ".join(filter(None, (words, mend(uri, text))))
+    words = _cause(masked_text(" ".join(without_userinfo(text, uri).split()))) or type(error).__name__
+    return "; ".join(filter(None, (_shortened(words), mend(uri, text))))
+
+
+def _cause(words: str) -> str:
+    """Of requests' and urllib3's errors, each within the other, what the innermost says; any other text as it is."""
+    _, found, inner = words.rpartition("Caused by ")
+    if not found:
+        return words
+    said = WRAPPED.sub("", ENDING.sub("", inner))
+    return said or words
+
+
+def _shortened(words: str) -> str:
+    """Whole words; where there is but one, its beginning."""
+    if len(words) <= SHOWN:
+        return words
+    return f"{words[:SHOWN].rpartition(' ')[0] or words[:SHOWN]} ..."
 
 
 def ui_command(config: ExperimentConfig, root: Path) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -147,6 +148,20 @@ def test_told_to_end_at_an_earlier_checkpoint_it_evaluates_there_and_reports(
     capsys.readouterr()
     assert train("run.num_epochs=2", "evaluation.every=10") == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_where_all_evaluations_of_a_finished_run_are_gone_they_are_made_again(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table alone does not make it finished."""
+    run = tmp_path / "quickstart"
+    assert train("run.num_epochs=1", "evaluation.every=10") == 0
+    table = (run / "table.txt").read_text()
+    shutil.rmtree(run / "evaluations")
+    assert train("run.num_epochs=1", "evaluation.every=10") == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert evaluated_epochs(run) == [0, 1]
+    assert (run / "table.txt").read_text() == table
 
 
 @pytest.mark.slow

@@ -114,6 +114,42 @@ class TestOverwrite:
             RunFolder(tmp_path / "run").claim(CONFIG, overwrite=True)
 
 
+class TestPlace:
+    """Where no run can be, or where something else is: one line, and nothing is touched."""
+
+    @pytest.mark.parametrize(
+        ("file", "said"),
+        [
+            ("root", r"^run\.root: .*/root is a file, so no run can lie below it; choose another folder"),
+            ("root/run", r"^run\.name = 'run': .*/root/run is no run: it is a file; choose another name"),
+            (
+                "root/run/thesis.tex",
+                r"^run\.name = 'run': .* is no run: it holds no config\.yaml \(but thesis\.tex\)",
+            ),
+            ("root/run/checkpoints", r"^run\.name = 'run': .* is no run: it holds no config\.yaml \(but checkpoints\)"),
+        ],
+    )
+    def test_something_else_is_there(self, tmp_path: Path, file: str, said: str) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("years of work")
+        for start in (RunFolder.check, RunFolder.claim):
+            with pytest.raises(ValueError, match=said):
+                start(RunFolder(tmp_path / "root" / "run"), CONFIG)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
+
+    def test_a_run_whose_checkpoints_are_a_file(self, tmp_path: Path) -> None:
+        RunFolder(tmp_path / "run").claim(CONFIG)
+        (tmp_path / "run" / "checkpoints").write_text("")
+        with pytest.raises(ValueError, match=r"^run\.name = 'run': .*/run/checkpoints is a file, where a run has"):
+            RunFolder(tmp_path / "run").check(CONFIG)
+        RunFolder(tmp_path / "run").claim(CONFIG, overwrite=True)
+
+    def test_an_empty_folder_is_taken(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        RunFolder(tmp_path / "run").claim(CONFIG)
+        assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 class TestClaimOfAStartThatFailed:
     def test_checking_writes_nothing(self, tmp_path: Path) -> None:
         RunFolder(tmp_path / "a" / "run").check(CONFIG)

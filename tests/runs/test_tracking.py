@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -10,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.runs import tracking
 from nft_ray.runs.ledger import Ended, read_ledger
 from nft_ray.runs.metrics import Metrics
 from nft_ray.runs.mlflow_run import MlflowRun
-from nft_ray.runs.tracking import RunTracker, ui_command
+from nft_ray.runs.tracking import RunTracker, explained, ui_command
 from nft_ray.types import EvalResult
 from tests.examples import example_config
 from tests.runs.tracked import FULL_S, UNUSABLE, abandon, begun, evaluation, lines, train
@@ -253,3 +255,54 @@ def test_ui_command_names_the_shared_database_or_the_server(tmp_path: Path) -> N
     assert shutil.which(program)
     assert ui_command(example_config("tracking.uri=http://host:5000"), tmp_path) == "http://host:5000"
     assert "'sqlite:///" in ui_command(example_config(), tmp_path / "a b")
+
+
+POOL = "HTTPConnectionPool(host='127.0.0.1', port=9): Max retries exceeded with url: /api/2.0/mlflow (Caused by "
+VIA = "API request to http://127.0.0.1:9/api/2.0/mlflow/experiments/get-by-name failed with exception "
+
+
+@pytest.mark.parametrize(
+    ("caused", "said"),
+    [
+        (
+            "NewConnectionError(\"HTTPConnection(host='127.0.0.1', port=9): Failed to establish a new connection: "
+            '[Errno 111] Connection refused"))',
+            "Failed to establish a new connection: [Errno 111] Connection refused",
+        ),
+        (
+            "NameResolutionError(\"HTTPConnection(host='mlflow', port=9): Failed to resolve 'mlflow' ([Errno -2] "
+            'Name or service not known)"))',
+            "Failed to resolve 'mlflow' ([Errno -2] Name or service not known)",
+        ),
+        ("ResponseError('too many 500 error responses'))", "too many 500 error responses"),
+        (
+            "ConnectTimeoutError(<HTTPConnection(host='10.0.0.1', port=9) at 0x7f>, 'Connection to 10.0.0.1 timed out. "
+            "(connect timeout=10)'))",
+            "Connection to 10.0.0.1 timed out. (connect timeout=10)",
+        ),
+        (
+            "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed')))",
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed",
+        ),
+    ],
+)
+def test_of_a_chain_of_errors_the_cause_is_told(caused: str, said: str) -> None:
+    assert explained(RuntimeError(VIA + POOL + caused), "http://127.0.0.1:9") == said
+
+
+def test_a_server_that_is_dead_is_told_as_that() -> None:
+    """In the words of the library that is here."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(requests.ConnectionError) as raised:
+            requests.get(f"http://127.0.0.1:{bound.getsockname()[1]}/api/2.0/mlflow/experiments", timeout=5)
+    line = explained(raised.value, "http://127.0.0.1")
+    assert line.endswith("Connection refused")
+    assert len(line) < 100
+
+
+def test_a_long_error_is_cut_at_a_word() -> None:
+    line = explained(RuntimeError("word " * 100), "http://127.0.0.1")
+    assert line == "word " * 32 + "..."
+    assert len(explained(RuntimeError("x" * 500), "http://127.0.0.1")) == 164
+    assert explained(RuntimeError(), "http://127.0.0.1") == "RuntimeError"
