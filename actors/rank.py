@@ -133,7 +133,8 @@ class LearnerActor:
 
     @property
     def _timeout(self) -> timedelta:
-        return timedelta(seconds=self._config.learner.timeout_s)
+        """Of the peers for each other. The group gives up after half of it and asks who is late: none may be first."""
+        return timedelta(seconds=2 * self._config.learner.timeout_s)
 
     def _tcp_store(self, host: str, port: int, world_size: int, *, master: bool) -> dist.TCPStore:
         return dist.TCPStore(host, port, world_size, master, timeout=self._timeout, wait_for_workers=False)

@@ -135,7 +135,7 @@ def _run(
     trainers: list[Trainer] = []  # the one at work
     ending = Ending(
         kept=lambda: what_is_kept(folder),
-        close=lambda: tracker.close("failed") if tracker and not folder.lost else None,
+        close=lambda: tracker.close("failed", timeout_s=MLFLOW_S) if tracker and not folder.lost else None,
         save=lambda: _save(trainers),
     )
     try:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nft_ray.config import ExperimentConfig
+from nft_ray.runs.checkpoint import PARTIAL
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray's supervisor tells the entrypoint of a job: its runtime environment and metadata, as JSON."""
@@ -41,7 +42,7 @@ def check_place(run: Path, marks: Collection[str], *, overwrite: bool = False, i
         return
     if not run.is_dir():
         raise ValueError(f"{option}{run} is no run: it is a file; {advice}")
-    inside = sorted(file.name for file in run.iterdir())
+    inside = sorted(file.name for file in run.iterdir() if not file.name.endswith(PARTIAL))  # of a killed first start
     if inside and not is_copy and not set(marks).intersection(inside):
         shown = f"{', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
         raise ValueError(f"{option}{run} is no run: it holds no {sorted(marks)[0]} (but {shown}); {advice}")

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture
 def home() -> Iterator[dict[str, str]]:
     with ray_of_its_own() as variables:
-        yield variables | {"RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
+        yield variables | {"RAY_gcs_rpc_server_reconnect_timeout_s": "24"}
 
 
 def processes(home: dict[str, str], name: str = "") -> list[int]:
