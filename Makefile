@@ -36,7 +36,7 @@ quickstart: setup ## nano-sd3 learns GenEval's prompts through the whole system 
 oracles: setup # the environments that cannot share .venv: open_clip, and published code to compare with
 	$(BIN)/python tests/oracles/make_env.py openclip hpsv2x imagereward
 
-test: setup ## what must hold before a change lands, 8 to 11 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
+test: setup ## what must hold before a change lands, up to 18 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
 	$(BIN)/python -m pytest -m "not large and not full" -W ignore $(ARGS)
 
 test-all: oracles ## and what is at real size or needs an oracle's environment, 11 to 15 minutes
