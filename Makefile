@@ -39,10 +39,10 @@ oracles: setup # the environments that cannot share .venv: open_clip, and publis
 test: setup ## what must hold before a change lands, up to 18 minutes (tests/README.md; plain `pytest` leaves out the slow ones)
 	$(BIN)/python -m pytest -m "not large and not full" -W ignore $(ARGS)
 
-test-all: oracles ## and what is at real size or needs an oracle's environment, 11 to 15 minutes
+test-all: oracles ## and what is at real size or needs an oracle's environment
 	$(BIN)/python -m pytest -m "not full" -W ignore $(ARGS)
 
-chaos: setup ## everything that can die under a run does, 20 minutes; the table is benchmarks/results/chaos.md
+chaos: setup ## everything that can die under a run does (long); the table is benchmarks/results/chaos.md
 	CHAOS_TABLE=benchmarks/results/chaos.md $(BIN)/python -m pytest -n 0 -m chaos -W ignore tests/chaos $(ARGS)
 
 soak: setup ## 300 tiny epochs, again and again, under random kills; SOAK_MINUTES=30 says for how long

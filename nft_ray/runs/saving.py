@@ -44,7 +44,7 @@ class Saving:
         minutes = self._run.checkpoint_minutes
         return (
             epoch == self._run.num_epochs
-            or epoch % self._run.checkpoint_every == 0
+            or epoch // self._run.checkpoint_every > self._begun // self._run.checkpoint_every  # or one was left out
             or (minutes is not None and self._clock() - self._last_time >= 60 * minutes)
         )
 

@@ -37,7 +37,13 @@ def saving(folder: Any, *, now: list[float] | None = None, **run: Any) -> Saving
 def test_epochs_minutes_and_the_end_make_a_checkpoint() -> None:
     now = [0.0]
     due = saving(SlowFolder(), now=now, checkpoint_every=6, checkpoint_minutes=2)
-    assert [epoch for epoch in range(1, 21) if due.due(epoch)] == [6, 12, 18, 20]
+    made = []
+    for epoch in range(1, 21):
+        if due.due(epoch) and epoch != 12:  # in which a gradient was not finite: the next good one is kept instead
+            made.append(epoch)
+            due.saved(epoch)
+    assert made == [6, 13, 18, 20]
+    due.saved(6)
     now[0] = 119
     assert not due.due(7)
     now[0] = 120
