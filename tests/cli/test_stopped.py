@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def running(command: list[str], runs: Path, epochs: int = 1) -> Iterator[subproc
     finally:
         process.kill()
         process.communicate()
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """Of every file its SHA-256, so that a difference can be read."""
+    return {str(file): sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and until every thread has stopped: one that is in the kernel finishes its write first."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while any(state(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < deadline, "it does not stop"
+        time.sleep(0.01)
+
+
+def state(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -180,14 +199,14 @@ def test_ctrl_c_keeps_it_too_and_is_130(command: list[str], tmp_path: Path) -> N
 def test_a_second_start_of_a_live_run_is_refused_and_touches_nothing(command: list[str], tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
     with running(command, tmp_path, epochs=2) as process:
-        os.kill(process.pid, signal.SIGSTOP)  # so that nothing changes but by the second one
-        before = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        stop(process.pid)  # so that nothing changes but by the second one
+        before = sums(tmp_path)
         for more in ([], ["--overwrite"]):
             done = nft_ray_here(*command, *more, runs=tmp_path)
             assert done.returncode == 1
             line = done.stderr.splitlines()[-1]
             assert f"nft-ray: run quickstart is at work: {run} is held by process {process.pid} on " in line
-        assert {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+        assert sums(tmp_path) == before
         os.kill(process.pid, signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
