@@ -35,13 +35,12 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.answers import DeadlineError, one_line, put_aside
 from actors.kept import Kept, lost
-from actors.rank import LearnerFactory
+from actors.rank import LearnerFactory, learner_core
 from actors.ranks import GroupError, Ranks
 from actors.restarts import Restarts
 from nft_ray import failures
 from nft_ray.algorithms.batch import shard
 from nft_ray.config import ExperimentConfig, LearnerConfig
-from nft_ray.cores.learner import LearnerCore
 from nft_ray.roles import ObjectsLostError, StateLostError
 from nft_ray.types import Adapters, Batch, LearnerState, UpdateResult
 
@@ -56,7 +55,7 @@ class LearnerGroup:
         self,
         config: ExperimentConfig,
         bundles: PlacementGroup,
-        make: LearnerFactory = LearnerCore,
+        make: LearnerFactory = learner_core,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._make, self._bundles = config, make, bundles

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-import torch
-import torch.distributed as dist
 
 import nft_ray
 from nft_ray.config import ExperimentConfig
-from nft_ray.models.base import fetch_model
 from nft_ray.types import Adapters, AdapterWeights, CleanSamples, LearnerState, TrainGroup, UpdateResult
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 HEALTH = "health"
 """The concurrency group, of one thread, that answers while a rank works or waits."""
@@ -52,6 +52,13 @@ class LearnerLike(Protocol):
 LearnerFactory = Callable[[ExperimentConfig, int, int], LearnerLike]
 
 
+def learner_core(config: ExperimentConfig, rank: int, world_size: int) -> LearnerLike:
+    """The real one. Imported where it is built: a process that holds another one loads no diffusers."""
+    from nft_ray.cores.learner import LearnerCore
+
+    return LearnerCore(config, rank, world_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doing:
     """Where a rank is: a line of code, and whether it waits there for its peers."""
@@ -74,6 +81,9 @@ class LearnerActor:
 
     def join(self, rank: int, world_size: int, host: str, port: int) -> None:
         """Enter the process group; returns when every rank has."""
+        import torch
+        import torch.distributed as dist
+
         if rank > 0:
             self._store = self._tcp_store(host, port, world_size, master=False)
         on_gpu = self._config.learner.num_gpus and torch.cuda.is_available()  # as the core decides its device
@@ -81,6 +91,8 @@ class LearnerActor:
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=world_size, timeout=self._timeout)
 
     def download(self, token: str | None) -> Iterator[str]:
+        from nft_ray.models.base import fetch_model
+
         yield from fetch_model(self._config.model, token, transformer_only=True)
 
     def build(self, rank: int, world_size: int) -> None:
@@ -136,7 +148,9 @@ class LearnerActor:
         """Of the peers for each other. The group gives up after half of it and asks who is late: none may be first."""
         return timedelta(seconds=2 * self._config.learner.timeout_s)
 
-    def _tcp_store(self, host: str, port: int, world_size: int, *, master: bool) -> dist.TCPStore:
+    def _tcp_store(self, host: str, port: int, world_size: int, *, master: bool) -> "dist.TCPStore":
+        import torch.distributed as dist
+
         return dist.TCPStore(host, port, world_size, master, timeout=self._timeout, wait_for_workers=False)
 
 

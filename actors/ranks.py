@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
@@ -148,6 +147,8 @@ class Ranks:
 
 
 def _weight(error: BaseException) -> int:
+    import torch.distributed as dist
+
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and PEER_GONE.search(str(error))):
         return ECHO
     if failures.lost(error):

@@ -14,15 +14,14 @@ from ray.util import remove_placement_group
 
 from actors.answers import together
 from actors.bundles import reserve
-from actors.learners import LearnerFactory, LearnerGroup
+from actors.learners import LearnerGroup
 from actors.nodes import cluster_now
 from actors.placement import check
-from actors.samplers import SamplerFactory, SamplerPool
+from actors.rank import LearnerFactory, learner_core
+from actors.samplers import SamplerFactory, SamplerPool, sampler_core
 from actors.scorers import ServeScorers
 from nft_ray.config import ExperimentConfig
-from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.phases import alternate
-from nft_ray.cores.sampler import SamplerCore
 from nft_ray.roles import EvaluationRoles, Roles
 
 logger = getLogger(__name__)
@@ -31,8 +30,8 @@ logger = getLogger(__name__)
 @asynccontextmanager
 async def ray_roles(
     config: ExperimentConfig,
-    sampler_core: SamplerFactory = SamplerCore,
-    learner_core: LearnerFactory = LearnerCore,
+    make_sampler: SamplerFactory = sampler_core,
+    make_learner: LearnerFactory = learner_core,
     *,
     applications: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Roles]:
@@ -41,8 +40,8 @@ async def ray_roles(
     started = time.monotonic()
     scorers = ServeScorers(config, applications)
     colocated, bundles = config.cluster.placement == "colocated", reserve(config)
-    samplers = SamplerPool(config, sampler_core, bundles if colocated else None)
-    learners = LearnerGroup(config, bundles, learner_core)
+    samplers = SamplerPool(config, make_sampler, bundles if colocated else None)
+    learners = LearnerGroup(config, bundles, make_learner)
     try:
         if colocated:  # one after the other: both may not fit the device
             await learners.start()
@@ -64,7 +63,7 @@ async def ray_roles(
 @asynccontextmanager
 async def ray_evaluation_roles(
     config: ExperimentConfig,
-    sampler_core: SamplerFactory = SamplerCore,
+    make_sampler: SamplerFactory = sampler_core,
     *,
     applications: Mapping[str, str] | None = None,
 ) -> AsyncIterator[EvaluationRoles]:
@@ -75,7 +74,7 @@ async def ray_evaluation_roles(
     check(config, cluster_now(), training=False)
     scorers = ServeScorers(config, applications)
     bundles = reserve(config) if config.cluster.placement == "colocated" else None
-    samplers = SamplerPool(config, sampler_core, bundles)
+    samplers = SamplerPool(config, make_sampler, bundles)
     try:
         await samplers.start()
         yield EvaluationRoles(samplers=samplers, scorers=scorers)

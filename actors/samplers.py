@@ -22,7 +22,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
@@ -32,9 +31,7 @@ from actors.downloads import download
 from actors.pool import WorkerPool
 from nft_ray.config import ExperimentConfig, SamplerConfig
 from nft_ray.cores.publish import verify
-from nft_ray.cores.sampler import SamplerCore
 from nft_ray.failures import lost, out_of_memory, store_full
-from nft_ray.models.base import fetch_model
 from nft_ray.roles import ObjectsLostError
 from nft_ray.types import (
     Adapters,
@@ -65,6 +62,13 @@ class SamplerLike(Protocol):
 SamplerFactory = Callable[[ExperimentConfig, str], SamplerLike]
 
 
+def sampler_core(config: ExperimentConfig, name: str) -> SamplerLike:
+    """The real one. Imported where it is built: a process that holds another one loads no torch."""
+    from nft_ray.cores.sampler import SamplerCore
+
+    return SamplerCore(config, name)
+
+
 class SamplerActor:
     """One core in one process, one call at a time. `build` is not `__init__`: placed and loaded are two waits."""
 
@@ -73,6 +77,8 @@ class SamplerActor:
         self._model = config.model
 
     def download(self, token: str | None) -> Iterator[str]:
+        from nft_ray.models.base import fetch_model
+
         yield from fetch_model(self._model, token)
 
     def build(self) -> None:
@@ -94,7 +100,11 @@ class SamplerActor:
 
 def check_card(has_gpu: bool, driver: Path = Path("/proc/driver/nvidia/version")) -> None:
     """RuntimeError, a device failure, where a card has fallen off its bus: the worker would use the CPU."""
-    if has_gpu and driver.exists() and not torch.cuda.is_available():
+    if not (has_gpu and driver.exists()):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         raise RuntimeError(
             f"No CUDA GPUs are available on {ray.util.get_node_ip_address()}, which has a driver for them"
         )
@@ -104,7 +114,7 @@ class SamplerPool:
     """roles.Samplers over Ray actors."""
 
     def __init__(
-        self, config: ExperimentConfig, make: SamplerFactory = SamplerCore, bundles: PlacementGroup | None = None
+        self, config: ExperimentConfig, make: SamplerFactory = sampler_core, bundles: PlacementGroup | None = None
     ) -> None:
         self._config, self._make, self._bundles = config, make, bundles
         self._awake = asyncio.Event()

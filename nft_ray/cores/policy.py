@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.device import blocks_of, compile_blocks
 from nft_ray.cores.parking import tensors_of
-from nft_ray.cores.publish import probe_velocity
-from nft_ray.models.base import Conditioning, FlowModel, load_model
+from nft_ray.models.base import Conditioning, FlowModel, load_model, probe_velocity
 from nft_ray.models.full import random_change, train_all
 from nft_ray.models.lora import assign_start, attach, random_weights
 

@@ -9,9 +9,7 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
-from nft_ray.models.base import FlowModel
 from nft_ray.types import Adapters, AdapterWeights, LoadReceipt, Weights
 
 PROBE_FLOOR = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -46,13 +44,6 @@ def announced(weights: Weights) -> Adapters:
         probe=None,
         probe_base=None,
     )
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # its shape is not that of any work
-def probe_velocity(model: FlowModel) -> np.ndarray:
-    """The model's velocity on its fixed probe, f32 (*latent)."""
-    return model.velocity(*model.probe())[0].cpu().numpy()
 
 
 def check_healthy(velocity: np.ndarray, when: str, dtype: str) -> None:

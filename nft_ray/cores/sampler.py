@@ -18,11 +18,11 @@ from nft_ray.algorithms.base import build_algorithm
 from nft_ray.config import EvaluationConfig, ExperimentConfig, SamplerConfig
 from nft_ray.cores.device import Copies, compile_blocks
 from nft_ray.cores.parking import Parking, tensors_of
-from nft_ray.cores.publish import checksum, probe_velocity
+from nft_ray.cores.publish import checksum
 from nft_ray.flow.path import interpolate
 from nft_ray.flow.solvers import Velocity, solve
 from nft_ray.flow.times import reference_times, training_times
-from nft_ray.models.base import Conditioning, load_model, repeat
+from nft_ray.models.base import Conditioning, load_model, probe_velocity, repeat
 from nft_ray.models.full import replaced
 from nft_ray.models.lora import Hold, merged, unmerged
 from nft_ray.seeding import mix, noise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 
@@ -199,6 +200,13 @@ def uint8_images(pixels: torch.Tensor) -> torch.Tensor:
     """A VAE's output (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), with diffusers' own rounding."""
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # its shape is not that of any work
+def probe_velocity(model: FlowModel) -> np.ndarray:
+    """The model's velocity on its fixed probe, f32 (*latent)."""
+    return model.velocity(*model.probe())[0].cpu().numpy()
 
 
 def repeat(conditioning: Conditioning, index: torch.Tensor) -> Conditioning:
