@@ -1,6 +1,6 @@
 """One Ray and one undisturbed LoRA that several scenarios share, and the table at the end.
 
-CHAOS_TABLE=FILE    where `make chaos` wants the table
+CHAOS_TABLE=FILE    where `make chaos` wants the table; FILE.rows holds its lines while the suite runs
 """
 
 import os
@@ -17,7 +17,9 @@ from tests.chaos.table import Table, markdown
 from tests.command_line import nft_ray_here, sets
 from tests.examples import QUICKSTART
 
-ROWS = pytest.StashKey[Path]()
+WANTED = os.environ.get("CHAOS_TABLE", "")
+ROWS = Path(f"{WANTED}.rows")
+"""Of all processes (`-n 2`) together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,25 +31,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionstart() -> None:
     """What a test has started ends with it, also when the whole suite is told to stop."""
+    if WANTED and "PYTEST_XDIST_WORKER" not in os.environ:
+        ROWS.unlink(missing_ok=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", 143))
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    file = tmp_path_factory.mktemp("table") / "rows.jsonl"
-    request.config.stash[ROWS] = file
-    return Table(file)
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return Table(ROWS if WANTED else tmp_path_factory.mktemp("table") / "rows")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    file = config.stash.get(ROWS, None)
-    if file is None or not (rows := Table(file).rows()):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not WANTED or not (rows := Table(ROWS).rows()):
         return
     text = markdown(rows)
     terminalreporter.write_line(f"\n{text}")
-    if where := os.environ.get("CHAOS_TABLE"):
-        Path(where).write_text(text)
+    Path(WANTED).write_text(text)
+    ROWS.unlink()
 
 
 MOST_EPOCHS = 500

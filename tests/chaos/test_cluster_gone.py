@@ -13,22 +13,14 @@ ENDED_BY_THE_WORLD = 75
 """EX_TEMPFAIL, as in cli/main.py: a retry policy may start the command again."""
 
 
-@pytest.mark.parametrize(
-    ("program", "times"),
-    [
-        ("gcs_server", 5),
-        ("raylet", 5),
-    ],
-)
 @pytest.mark.full
-def test_the_head_is_lost_and_the_same_command_finishes_on_another(
-    program: str, times: int, scenarios: Scenarios, calm: Calm
-) -> None:
-    epochs = 4 * times + 2
+def test_the_head_is_lost_and_the_same_command_finishes_on_another(scenarios: Scenarios, calm: Calm) -> None:
+    programs = ("gcs_server", "raylet", "gcs_server", "raylet", "gcs_server")
+    epochs = 4 * len(programs) + 2
     reference = calm.run(epochs)
-    run = scenarios.run(f"head-{program}", None, f"run.num_epochs={epochs}", mlflow=True)
-    event = "the GCS is killed" if program == "gcs_server" else "the head's raylet is killed"
-    for _ in range(times):
+    run = scenarios.run("head", None, f"run.num_epochs={epochs}", mlflow=True)
+    event = "the head is lost (its GCS or its raylet is killed)"
+    for program in programs:
         with cluster() as ray:
             run.on(ray.environment).start()
             run.reach(run.saved + 2)
