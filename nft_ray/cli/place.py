@@ -4,7 +4,9 @@ Ray is imported only where it is used: `--local` needs none. What stops a comman
 """
 
 import asyncio
+import os
 import signal
+import stat
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -133,9 +135,22 @@ def no_more_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def hung_up(*_: object) -> None:
+    """SIGHUP, of a closed terminal: as SIGTERM; what would be printed goes nowhere, as it would else fail."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[Callable[[], None]]:
-    """In the body, SIGTERM raises Terminated, once; what it gives sets that up again, behind what changed it."""
+    """In the body, SIGTERM raises Terminated, once; what it gives sets that up again, behind what changed it.
+
+    A closed terminal is taken for SIGTERM, unless the command was started with nohup.
+    """
 
     def stop(*_: object) -> None:
         no_more_sigterm()
@@ -144,9 +159,12 @@ def sigterm_raises() -> Iterator[Callable[[], None]]:
     def set_up() -> None:
         signal.signal(signal.SIGTERM, stop)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before, terminal = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
     set_up()
+    if terminal != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, hung_up)
     try:
         yield set_up
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, terminal)

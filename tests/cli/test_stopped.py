@@ -1,14 +1,16 @@
 """Real processes that are stopped, killed, or started twice: what they say, what they leave, and what goes on."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -97,6 +99,44 @@ def test_sigterm_keeps_the_last_finished_epoch_and_says_so(command: list[str], t
     done = nft_ray_here(*command, *sets(f"run.num_epochs={trained}"), runs=tmp_path)
     assert done.returncode == 0
     assert f"going on after epoch {trained}" in done.stdout
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_keeps_the_last_finished_epoch_unless_nohup_lets_it_go_on(
+    nohup: bool, command: list[str], tmp_path: Path
+) -> None:
+    last = 30
+    command = [*command, *sets("run.checkpoint_every=1000", *([f"run.num_epochs={last}"] if nohup else []))]
+    ours, its = os.openpty()
+    os.set_blocking(ours, False)
+
+    def terminal() -> None:
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nft_ray", *command],
+        cwd=REPO,
+        env=environment(tmp_path),
+        stdin=its,
+        stdout=subprocess.DEVNULL if nohup else its,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=terminal,
+    )
+    os.close(its)
+    run, deadline = tmp_path / "quickstart", time.monotonic() + 100
+    while not any(line["epoch"] >= 3 for line in read_metrics(run)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        with suppress(BlockingIOError):  # a full terminal would stop it
+            os.read(ours, 65536)
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(60) == 0
+    trained = read_metrics(run)[-1]["epoch"]
+    assert [kept.name for kept in whole_checkpoints(run / "checkpoints")][-1] == f"epoch-{trained:06d}"
+    assert (trained == last) == nohup
 
 
 def sigterm(*_: object, **__: object) -> None:
