@@ -44,8 +44,8 @@ TOGETHER = {
         "e2e/test_run.py",
         "test_roles.py",
     ),
-    "workers": tuple(f"chaos/test_{name}.py" for name in ("workers", "faults", "sharing")),
-    "drivers": tuple(f"chaos/test_{name}.py" for name in ("driver", "cluster_gone", "limits")),
+    "workers": tuple(f"chaos/test_{name}.py" for name in ("workers", "faults", "sharing", "files")),
+    "drivers": tuple(f"chaos/test_{name}.py" for name in ("driver", "cluster_gone", "limits", "jobs")),
     "ranks": ("cores/test_learner.py", "cores/test_policy.py"),
 }
 """Files that share what is dear to start, and so a process: the fixture `local_ray`, the processes of `on_ranks`."""

@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,9 +210,10 @@ class Cluster:
         nodes = [node["raylet"] for node in self.ask("nodes?view=summary", "")["data"]["summary"]]
         return sum(node["object_store_used_memory"] for node in nodes if node.get("state") == "ALIVE") / 2**20
 
-    def ask(self, path: str, below: str = "api/") -> Any:
-        """What the dashboard's REST interface says."""
-        request = urllib.request.Request(f"http://{self.dashboard}/{below}{path}")
+    def ask(self, path: str, below: str = "api/", tell: Mapping[str, Any] | None = None) -> Any:
+        """What the dashboard's REST interface says, or says to what it is told."""
+        data = None if tell is None else json.dumps(tell).encode()
+        request = urllib.request.Request(f"http://{self.dashboard}/{below}{path}", data=data)
         request.add_header("Authorization", f"Bearer {(self.folder / 'token').read_text()}")
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
@@ -282,9 +283,13 @@ class Cluster:
 
 @contextmanager
 def cluster(**options: Any) -> Iterator[Cluster]:
-    """A Ray while the body runs."""
+    """A Ray while the body runs; what its head wrote last goes to stderr where the body fails."""
     one = Cluster(**options)
     try:
         yield one
+    except BaseException:
+        for file in (one.folder / "head.log", *one.folder.glob("ray/session_2*/logs/gcs_server.*")):
+            print(f"{file.name}: {file.read_text(errors='replace')[-2000:]}", file=sys.stderr)  # noqa: T201
+        raise
     finally:
         one.end()
