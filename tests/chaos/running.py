@@ -26,6 +26,7 @@ TINY = [
     "prompts.images_per_group=6",
     "sampler.num_steps=4",
     "sampler.num_times=2",
+    "sampler.num_workers=1",
     "sampler.num_cpus=0.4",
     "evaluation.num_steps=4",
     "evaluation.every=500",

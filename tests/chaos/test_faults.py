@@ -32,8 +32,11 @@ def break_device(cluster: Cluster, run: Run, fault: str, event: str, title: str,
 def test_a_device_breaks_in_a_sampler_a_learner_or_a_replica(
     ray_cluster: Cluster, scenarios: Scenarios, calm: Calm
 ) -> None:
-    """torch's AcceleratorError and OutOfMemoryError, as they come from a card: the worker is replaced."""
-    settings = ("learner.max_restarts=20", "sampler.num_workers=2", "run.num_epochs=500")
+    """torch's AcceleratorError and OutOfMemoryError, as they come from a card: the worker is replaced.
+
+    By one with the same micro-batch: half of it may give other last bits.
+    """
+    settings = ("learner.max_restarts=20", "sampler.num_workers=2", "sampler.shrink_on_oom=false", "run.num_epochs=500")
     run = scenarios.run("devices", ray_cluster, *settings).start()
     run.reach(1)
     for _ in range(5):
