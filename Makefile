@@ -45,7 +45,7 @@ test-all: oracles ## and what is at real size or needs an oracle's environment
 chaos: setup ## everything that can die under a run does (long); the table is benchmarks/results/chaos.md
 	CHAOS_TABLE=benchmarks/results/chaos.md $(BIN)/python -m pytest -n 2 -m chaos -W ignore tests/chaos $(ARGS)
 
-soak: setup ## 300 tiny epochs, again and again, under random kills; SOAK_MINUTES=30 says for how long
+soak: setup ## 900 tiny epochs, again and again, under random kills; SOAK_MINUTES=30 says for how long
 	$(BIN)/python -m tests.chaos.soak --minutes $(SOAK_MINUTES) --output $(SOAK_OUTPUT) $(ARGS)
 
 kill-loop: setup ## the quickstart, its driver killed every minute or two, until it is finished (ARGS=--joined: on one cluster)

@@ -2,7 +2,7 @@
 
     python -m tests.chaos.soak --minutes 30 --seed 0 --output benchmarks/results/soak
 
-300 tiny epochs, again and again until the time is over. Every few seconds a sampler, a learner, a reward replica or a
+900 tiny epochs, again and again until the time is over. Every few seconds a sampler, a learner, a reward replica or a
 node is killed, or a sampler is stopped; now and then the driver, and the same command goes on. Measured, every two
 seconds and between kills: the driver's memory and file handles, the objects in the store, the processes of the cluster.
 Their slopes per hour are fitted over each life of the driver without its first minute, in which it warms up.
@@ -29,7 +29,9 @@ from tests.chaos.cluster import LEARNER, REPLICA, SAMPLER, Cluster, cluster, kil
 from tests.chaos.running import Run
 from tests.chaos.table import Table, markdown
 
-EPOCHS = 300
+EPOCHS = 900
+DRIVER_S = (480.0, 780.0)
+"""Between kills of the driver: long enough for a slope."""
 WARM_S = 60.0
 MEASURE_S = 2.0
 SERIES = ("driver memory MiB", "driver file handles", "driver threads", "objects in the store MiB", "processes")
@@ -115,7 +117,7 @@ def soak(folder: Path, minutes: float, seed: int, every: tuple[float, float]) ->
         ray.add("n0", 4)
         started, number, life, finished = time.monotonic(), 0, 0, 0
         run = Run(f"soak-{number}", folder, table, ray.environment, *SETTINGS).start()
-        next_shot, next_death = 20.0, chosen.uniform(240, 480)
+        next_shot, next_death = 20.0, chosen.uniform(*DRIVER_S)
         while (now := time.monotonic() - started) < minutes * 60:
             if run.process is not None and (status := run.process.poll()) is not None:
                 if status == 0:
@@ -131,7 +133,7 @@ def soak(folder: Path, minutes: float, seed: int, every: tuple[float, float]) ->
             if now >= next_death:
                 run.send(signal.SIGKILL)
                 events["the driver is killed"] += 1
-                next_death = now + chosen.uniform(240, 480)
+                next_death = now + chosen.uniform(*DRIVER_S)
             elif now >= next_shot and run.epoch >= 0:
                 shoot(ray, run, chosen, events)
                 next_shot = now + chosen.uniform(*every)
