@@ -208,7 +208,7 @@ class Cluster:
     def store_mib(self) -> float:
         """What is in the object stores of the living nodes, as the dashboard last heard."""
         nodes = [node["raylet"] for node in self.ask("nodes?view=summary", "")["data"]["summary"]]
-        return sum(node["object_store_used_memory"] for node in nodes if node.get("state") == "ALIVE") / 2**20
+        return sum(node.get("object_store_used_memory", 0) for node in nodes if node.get("state") == "ALIVE") / 2**20
 
     def ask(self, path: str, below: str = "api/", tell: Mapping[str, Any] | None = None) -> Any:
         """What the dashboard's REST interface says, or says to what it is told."""
