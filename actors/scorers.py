@@ -26,6 +26,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class ServeScorers:
         named = applications or {name: application(config.run.name, name) for name in config.rewards}
         self._handles = {name: _handle(named[name]) for name in config.rewards}
         self._room = {name: asyncio.Semaphore(self._config.max_in_flight) for name in config.rewards}
-        self._pending = Pending(lambda count: f"{count} calls of {', '.join(self._weights)}")
+        self._pending = {name: Pending(partial(_calls, name)) for name in config.rewards}
         self._outages = {name: Outage(name) for name in config.rewards if name not in self._weights}
         self._monitored = Monitored(list(self._outages))
         self._beside: dict[asyncio.Task[None], int] = {}  # calls of rewards that only monitor, and their epoch
@@ -128,8 +129,9 @@ class ServeScorers:
     async def _evaluate(self, name: str, question: _Question) -> Scores | None:
         """One that only monitors, waited for."""
         async with self._room[name]:
-            end = asyncio.get_running_loop().time() + self._config.monitor_timeout_s
-            return await self._unless_down(name, question, self._config.max_attempts, end)
+            with self._pending[name].one():
+                end = asyncio.get_running_loop().time() + self._config.monitor_timeout_s
+                return await self._unless_down(name, question, self._config.max_attempts, end)
 
     async def _monitor(self, name: str, request: RolloutRequest, question: _Question) -> None:
         """One that only monitors, beside the loop: it holds the images no longer than its deadline."""
@@ -182,7 +184,7 @@ class ServeScorers:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
                 async with room or contextlib.nullcontext():
-                    with self._pending.one():
+                    with self._pending[name].one() if room else contextlib.nullcontext():
                         return await self._call(name, question, timeout_s)
             except (RayError, RayServeException, DeadlineError) as error:
                 if lost(error):
@@ -217,6 +219,10 @@ class ServeScorers:
                 one_line(failure),
                 f"; lower rewards.{name}.micro_batch_size" if out_of_memory(failure) else "",
             )
+
+
+def _calls(name: str, count: int) -> str:
+    return f"{count} calls of {name}"
 
 
 def _handle(name: str) -> DeploymentHandle:

@@ -119,7 +119,8 @@ def test_training_never_waits_for_a_reward_that_only_monitors(
     for answer in ("500", "hang"):
         with MisbehavingServer(answer) as server:
             section = f"rewards.unified_reward={{eval_only: true, num_cpus: 0.1, urls: ['{server.url}']}}"
-            run = scenarios.run(f"monitor-{answer}", ray_cluster, section, f"run.num_epochs={epochs}").start()
+            settings = (section, "scorers.monitor_timeout_s=15", f"run.num_epochs={epochs}")
+            run = scenarios.run(f"monitor-{answer}", ray_cluster, *settings).start()
             run.reach(epochs, 100)
             run.table.add("a monitor-only reward is down, per epoch", injected=epochs)
             assert run.end(150) == 0, run.said[-3000:]
