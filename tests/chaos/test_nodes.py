@@ -31,23 +31,19 @@ def small_head() -> Iterator[Cluster]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("title", "what"), [(SAMPLER, "samplers"), (LEARNER, "the learner")])
-def test_a_node_is_lost_with_its_workers_and_objects(
-    title: str, what: str, small_head: Cluster, scenarios: Scenarios, calm: Calm
-) -> None:
+def test_a_node_is_lost_with_its_workers_and_objects(small_head: Cluster, scenarios: Scenarios, calm: Calm) -> None:
     """Its samples go with it: they are drawn again. A new node takes its place."""
-    hits = 5
     small_head.add("n00", 2)
     settings = ("sampler.num_workers=4", "sampler.num_cpus=0.5", "learner.num_cpus=0.5", "learner.max_restarts=10")
-    run = scenarios.run(f"node-{what}", small_head, *settings, "run.num_epochs=500", mlflow=True).start()
+    run = scenarios.run("node", small_head, *settings, "run.num_epochs=500", mlflow=True).start()
     run.reach(1)
 
     def lose(name: str) -> None:
         small_head.lose(name)
         small_head.start_node(f"n{next(NUMBERS)}", 2)
 
-    for _ in range(hits):
-        run.hit(f"a node with {what} is lost, another comes", lose, lambda: other_node(small_head, title))
+    for title in (SAMPLER, LEARNER, SAMPLER, LEARNER, LEARNER):
+        run.hit("a node is lost, another comes", lose, lambda title=title: other_node(small_head, title))
     run.once_in_mlflow(run.stopped_as(calm.run), "RUNNING")
     small_head.nothing_left()
 

@@ -35,8 +35,8 @@ def tried(work: Path, keep: int, points: int, *more: str) -> tuple[Counter[str],
     ("keep", "points"),
     [
         pytest.param(100, 18, id="some"),
-        pytest.param(100, 120, id="all kept", marks=pytest.mark.full),
-        pytest.param(1, 60, id="rotated", marks=pytest.mark.full),
+        pytest.param(100, 60, id="all kept", marks=pytest.mark.full),
+        pytest.param(1, 30, id="rotated", marks=pytest.mark.full),
     ],
 )
 def test_a_save_that_is_killed_anywhere_leaves_the_newest_whole_checkpoint(

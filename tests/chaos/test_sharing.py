@@ -40,7 +40,7 @@ def test_what_a_killed_run_left_is_collected_by_the_next_run(ray_cluster: Cluste
     """Whoever comes next, not only the run itself: its applications are those of a dead job."""
     for number in range(5):
         dead = scenarios.run(f"dead{number}", ray_cluster, "run.num_epochs=500").start()
-        dead.reach(0)
+        dead.until("its reward is deployed", lambda dead=dead: dead.line("starting 1 samplers"))
         dead.send(signal.SIGKILL)
         dead.end()
         assert ray_cluster.applications()
