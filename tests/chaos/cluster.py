@@ -274,10 +274,8 @@ class Cluster:
         host = place.address if place else self.host
         command = [*(place.inside if place else ()), RAY, "start", "--block", "--disable-usage-stats", *more]
         command += [f"--num-cpus={cpus:g}", f"--object-store-memory={self._store_bytes}", f"--node-ip-address={host}"]
-        ports = {
-            f"{kind}-port": free_port() for kind in ("dashboard-agent-listen", "metrics-export", "runtime-env-agent")
-        }
-        command += [f"--{kind}={port}" for kind, port in ports.items()]
+        ports = {kind: free_port() for kind in ("dashboard-agent-listen", "metrics-export", "runtime-env-agent")}
+        command += [f"--{kind}-port={port}" for kind, port in ports.items()]
         log = (self.folder / f"{name}.log").open("ab")
         process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         log.close()
