@@ -13,6 +13,7 @@ from nft_ray.prompts.draw import PromptSet, shared_tags
 from nft_ray.runs import report
 from nft_ray.runs.checkpoint import write_atomically
 from nft_ray.runs.evaluations import load_evaluation
+from nft_ray.runs.export import export_policy
 from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.metrics import METRICS, read_metrics
 from nft_ray.runs.stages import Stage
@@ -51,8 +52,6 @@ def close(
 
     Pictures and summary are of the last stage's test lines; the table has a part for every stage, as it was at its end.
     """
-    from nft_ray.runs.export import export_policy  # brings torch: nobody waits for it before
-
     latest = folder.latest()
     assert latest is not None
     exported = export_policy(latest.state.ema, config.model, folder.path)
