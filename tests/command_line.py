@@ -1,4 +1,4 @@
-"""`nft-ray` as tests call it: in this process, which has imported everything, or in one of its own (a second of imports, or six with torch)."""
+"""`nft-ray` as tests call it: in this process, which has imported everything, or in one of its own."""
 
 import contextlib
 import io
