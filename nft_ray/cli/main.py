@@ -109,7 +109,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> int:
-    """The others, each imported when it is asked for. None brings torch before it has checked what it is given."""
+    """The others, each imported when it is asked for. Torch comes later still: with the first weights."""
     if args.command == "train":
         from nft_ray.cli.train import train
 

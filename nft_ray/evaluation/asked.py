@@ -102,10 +102,10 @@ def with_policy(config: ExperimentConfig, name: str | None) -> tuple[ExperimentC
     """
     if name is None:
         return config, None
+    source = find_source(name)
     from nft_ray.models.full import read_full
     from nft_ray.models.lora import read_lora  # bring torch
 
-    source = find_source(name)
     weights = read_full(source)
     if weights is not None:  # of a run with model.tuning: full
         check_weights(_shapes(weights), config.model, name)
