@@ -27,10 +27,10 @@ def test_loss_gradient_and_optimality_match_the_goldens(goldens: Path, i: int) -
     with np.load(goldens / "loss.npz") as file:
         assert int(file["n"]) == 15
         case = {key.split("/")[1]: file[key] for key in file if key.startswith(f"{i}/")}
-    x = {key: torch.from_numpy(case[key]) for key in ("v", "v_old", "v_ref", "x0", "xt", "t")}
+    x = {key: torch.from_numpy(case[key]) for key in ("v", "v_old", "v_ref", "x0", "xt", "t", "adv")}
     v, clip = x["v"].requires_grad_(), float(case["adv_clip_max"])
 
-    r = torch.from_numpy(optimality(case["adv"], clip=clip, mode=str(case["adv_mode"])))
+    r = optimality(x["adv"], clip=clip, mode=str(case["adv_mode"]))
     loss = nft_loss(
         v,
         x["v_old"],
@@ -162,6 +162,9 @@ def test_optimality_by_mode(mode: str, expected: list[float]) -> None:
     assert r[:-1].tolist() == expected
     assert np.isnan(r[-1])
     assert r.dtype == np.float32
+    of_tensor = optimality(torch.from_numpy(advantages), clip=2.0, mode=mode)
+    assert of_tensor.numpy().tobytes() == r.tobytes()
+    assert optimality(torch.ones(2, dtype=torch.bfloat16), clip=2.0, mode=mode).dtype == torch.float32
 
 
 def test_unknown_mode_names_the_nearest() -> None:
