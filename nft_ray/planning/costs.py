@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CACHED = 64
 BATCH = 8
 """Items of the micro-batch that is traced; nothing is computed, so it costs no more than one."""
-CLIP_TOKENS = 77
 CHARACTERS_PER_TOKEN = 4
 """Of English, roughly: for an instruction that is read with every prompt."""
 
