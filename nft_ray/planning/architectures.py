@@ -5,6 +5,7 @@ does not give it to everybody, so `architectures/` keeps the JSON of those that 
 sources). Any other Hub id is asked for its JSON, as everywhere.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 from nft_ray.config import ModelConfig
@@ -18,6 +19,7 @@ def kept() -> list[str]:
     return sorted(folder.name.replace("--", "/", 1) for folder in FOLDER.iterdir() if folder.is_dir())
 
 
+@lru_cache(64)
 def described(config: ModelConfig) -> ModelConfig | None:
     """The same model with a `path` that is a folder with its JSON; None where nobody here knows it.
 

@@ -85,17 +85,16 @@ def text_size(config: ModelConfig) -> Size:
 def trained(config: ModelConfig) -> Trained:
     """Of the LoRA, or of the whole transformer."""
     from nft_ray.models.base import family
-    from nft_ray.models.lora import target_layers
+    from nft_ray.models.lora import num_trained, target_layers
 
-    transformer = _empty(config).transformer
+    transformer, parameters = _empty(config).transformer, num_trained(known(config))
+    assert parameters is not None
     if config.tuning == "full":
-        size, layers = _size(transformer), len(list(transformer.parameters()))
-        return Trained(parameters=size.parameters, layers=layers, targets_bytes=size.bytes)
-    found = target_layers(transformer, config.lora, family(config).LORA_TARGETS).values()
+        held = list(transformer.parameters())
+        return Trained(parameters=parameters, layers=len(held), targets_bytes=sum(value.nbytes for value in held))
+    layers = target_layers(transformer, config.lora, family(config).LORA_TARGETS).values()
     return Trained(
-        parameters=config.lora.rank * sum(layer.in_features + layer.out_features for layer in found),
-        layers=len(found),
-        targets_bytes=sum(layer.weight.nbytes for layer in found),
+        parameters=parameters, layers=len(layers), targets_bytes=sum(layer.weight.nbytes for layer in layers)
     )
 
 
@@ -161,6 +160,11 @@ def encode(config: ModelConfig) -> Item:
         bytes=max((trace.peak_bytes for trace in traces), default=0),
         operations=sum(trace.operations for trace in traces),
     )
+
+
+def counted(config: ModelConfig) -> ModelConfig:
+    """The part of a model's section that is counted: where text encoders wait and what is kept changes no count."""
+    return config.model_copy(update={"text_encoders": "resident", "conditioning_cache": 0, "precomputed": None})
 
 
 def latent_shape(config: ModelConfig) -> tuple[int, int, int]:

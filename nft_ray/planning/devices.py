@@ -1,7 +1,7 @@
-"""What one device can do: a small YAML, packaged (`devices/NAME.yaml`), measured (`nft-ray profile`) or written by hand.
+"""What one device can do: a small YAML, packaged (`devices/NAME.yaml`), measured (`nft-ray profile`) or by hand.
 
 A number that nobody has measured says so in `sources`. Rates are of the device's own matrix product and memory; how
-much of them a part of an epoch reaches is `utilisation`, which is an assumption until `benchmarks/gpu.py` has run there.
+much of them a part of an epoch reaches is `utilisation`: an assumption until `benchmarks/gpu.py` has run there.
 """
 
 import difflib
