@@ -13,7 +13,7 @@ from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
-from nft_ray.models.base import FlowModel, check_model, families, load_model, pipeline_class, repeat, sizes
+from nft_ray.models.base import FlowModel, check_model, families, family, load_model, pipeline_class, repeat, sizes
 from nft_ray.models.layers import linear_layers, num_trained, parameters
 from nft_ray.models.lora import attach, export_lora, random_weights
 from nft_ray.seeding import noise
@@ -132,6 +132,28 @@ def test_a_learner_loads_the_transformer_alone(kind: str, tiny_folder: Path, tmp
         bare.encode(PROMPTS)
     with pytest.raises(AssertionError):
         bare.decode(noise(SEEDS, bare.latent_shape))
+
+
+@every_kind
+def test_what_is_empty_has_the_same_shapes(kind: str, tiny_folder: Path) -> None:
+    config = tiny_model(kind, tiny_folder)
+    whole, empty = load_model(config, CPU), family(config).empty(config, Path(config.path))
+    assert {name: value.shape for name, value in empty.transformer.named_parameters()} == {
+        name: value.shape for name, value in whole.transformer.named_parameters()
+    }
+    assert all(value.is_meta for value in (*empty.transformer.parameters(), *empty.transformer.buffers()))
+    assert empty.latent_shape == whole.latent_shape
+    with torch.no_grad():
+        v = empty.velocity(
+            *(
+                {name: value.to("meta") for name, value in part.items()} if isinstance(part, dict) else part.to("meta")
+                for part in whole.probe()
+            )
+        )
+    assert (v.shape, v.is_meta) == ((1, *whole.latent_shape), True)
+    known = sizes(config)
+    assert known is not None
+    assert known.tokens == whole.encode(PROMPTS[:1])["prompt_embeds"].shape[1]
 
 
 @every_kind
