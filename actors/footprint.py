@@ -23,7 +23,7 @@ from nft_ray.algorithms.base import build_algorithm
 from nft_ray.config import ExperimentConfig
 from nft_ray.flow.times import reference_times
 from nft_ray.models.base import sizes
-from nft_ray.models.lora import num_trained
+from nft_ray.models.layers import num_trained
 
 FLOAT, TIME_AND_SEED, INDEX = 4, 4 + 8, 8
 COPIES = 2 + 2

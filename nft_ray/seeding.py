@@ -5,11 +5,16 @@ to 32 afterwards. Noise is always drawn on the CPU in float32 at the full shape 
 sampler, a learner and a resumed run draw the same numbers on any device and in any batch.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 MASK = 0xFFFFFFFF
 
@@ -32,6 +37,8 @@ def evaluation_seed(seed: int, line: int) -> int:
 
 def noise(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, float32 on the CPU, (len(seeds), *shape): row i depends on seeds[i] alone."""
+    import torch
+
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 

@@ -1,4 +1,4 @@
-"""`nft-ray` as tests call it: in this process, which has imported everything, or in one of its own (6 s of imports)."""
+"""`nft-ray` as tests call it: in this process, which has imported everything, or in one of its own."""
 
 import contextlib
 import io

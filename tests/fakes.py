@@ -30,7 +30,7 @@ from nft_ray.types import (
 )
 
 if TYPE_CHECKING:
-    from nft_ray.config import ExperimentConfig  # imports torch, and a reward replica does without
+    from nft_ray.config import ExperimentConfig  # a reward replica does without
 
 BASE = np.ones(4, dtype=np.float32)
 MONITOR = "jpeg_incompressibility"

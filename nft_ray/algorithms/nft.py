@@ -12,9 +12,8 @@ becomes r, and its section of the YAML. It knows no model, no sampler and no opt
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 from pydantic import Field
@@ -64,13 +63,11 @@ class NFT:
         return Needs(old=True, reference=self._config.reference)
 
     def sample_weights(self, rewards: EpochRewards) -> SampleWeights:
-        import torch
-
         config = self._config
         advantages = combine_advantages(
             rewards.raw, rewards.weights, rewards.group_ids, combine=rewards.combine, std=config.advantage_std
         )
-        r = optimality(torch.from_numpy(advantages), clip=config.advantage_clip, mode=config.advantage_mode).numpy()
+        r = optimality(advantages, clip=config.advantage_clip, mode=config.advantage_mode)
         metrics = {
             "advantage_abs": float(np.nanmean(np.abs(advantages))),
             "optimality_mean": float(np.nanmean(r)),
@@ -182,10 +179,19 @@ def nft_loss_per_pair(
     return NFTLossPerPair(policy, kl)
 
 
-def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> torch.Tensor:
+@overload
+def optimality(advantages: np.ndarray, *, clip: float, mode: Mode = "all") -> np.ndarray: ...
+
+
+@overload
+def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> torch.Tensor: ...
+
+
+def optimality(advantages: Any, *, clip: float, mode: Mode = "all") -> Any:
     """r = clamp(advantage, -clip, clip) / clip / 2 + 1/2: how good a sample is, in [0, 1], 1/2 for an average one.
 
-    advantages: any shape; NaN (missing) stays NaN. `mode` shapes the clipped advantage first, as published:
+    advantages: a tensor, or an array for those who have no torch, of any shape; what is given is its like. NaN
+    (missing) stays NaN. `mode` shapes the clipped advantage first, as published:
     positive_only and negative_only set the other sign to 0; one_only makes it 1 where positive, else 0; binary takes
     its sign. (The last two are divided by clip as well: with clip 5, binary gives 0.4, 0.5 and 0.6.)
     Returns the same shape, float32 or better. Raises ValueError for an unknown mode or a clip that is not positive.
@@ -195,17 +201,21 @@ def optimality(advantages: torch.Tensor, *, clip: float, mode: Mode = "all") -> 
         raise ValueError(f"unknown advantage mode {mode!r}: use one of {', '.join(get_args(Mode))}; nearest: {close!r}")
     if clip <= 0:
         raise ValueError(f"clip = {clip}: must be above 0")
-    missing = advantages.isnan()  # kept aside: torch.sign(NaN) is 0
-    clipped = _lift(advantages).clamp(-clip, clip)
+    if not isinstance(advantages, np.ndarray):
+        import torch
+
+        found = optimality(_lift(advantages).detach().cpu().numpy(), clip=clip, mode=mode)
+        return torch.from_numpy(found).to(advantages.device)
+    clipped = advantages.astype(np.result_type(advantages, np.float32)).clip(-clip, clip)
     if mode == "positive_only":
-        clipped = clipped.clamp(min=0)
+        clipped = clipped.clip(min=0)
     elif mode == "negative_only":
-        clipped = clipped.clamp(max=0)
+        clipped = clipped.clip(max=0)
     elif mode == "one_only":
-        clipped = clipped.sign().clamp(min=0)
+        clipped = np.sign(clipped).clip(min=0)
     elif mode == "binary":
-        clipped = clipped.sign()
-    return (clipped / clip / 2 + 0.5).clamp(0, 1).masked_fill(missing, math.nan)
+        clipped = np.sign(clipped)
+    return np.asarray((clipped / clip / 2 + 0.5).clip(0, 1))
 
 
 def _normalised_error(x0_hat: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:

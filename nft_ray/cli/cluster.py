@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from actors.nodes import check_weights, cluster_now, room_for, store_lines
 from actors.packing import Node
@@ -167,7 +168,10 @@ def _in_use(port: int) -> bool:
     return False
 
 
-def _gpus() -> float:
-    import torch  # the driver needs it for nothing else
-
-    return float(torch.cuda.device_count())
+def _gpus() -> int:
+    """Of this machine, as a Ray that starts here counts them: torch, which would count them too, takes seconds."""
+    vendor = get_accelerator_manager_for_resource("GPU")
+    assert vendor is not None
+    visible = vendor.get_current_process_visible_accelerator_ids()
+    there: int = vendor.get_current_node_num_accelerators()
+    return there if visible is None else min(there, len(visible))

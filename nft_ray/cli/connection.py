@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nft_ray.roles import TryAgainError
+from nft_ray.runs.root import in_submitted_job
 
 CONNECT_S = 10.0
 
@@ -63,6 +64,4 @@ def no_cluster(address: str | None) -> TryAgainError:
 
 def joins(address: str | None) -> bool:
     """Is a cluster that runs already meant: by --address, RAY_ADDRESS, or because this is a submitted job?"""
-    from nft_ray.runs.root import in_submitted_job  # brings torch
-
     return bool(address or os.environ.get("RAY_ADDRESS") or in_submitted_job(os.environ))

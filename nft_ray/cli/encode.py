@@ -7,12 +7,9 @@ be stopped and started again, or run for several experiments with one folder.
 import argparse
 import time
 
-import torch
-
 from nft_ray.cli.console import say
 from nft_ray.config import load
 from nft_ray.models.base import check_model, family, quiet_libraries
-from nft_ray.models.conditioning import conditioner
 from nft_ray.models.parts import prepare
 from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import load_prompts
@@ -32,6 +29,10 @@ def encode(args: argparse.Namespace) -> int:
     if max(config.sampler.guidance, config.evaluation.guidance) > 1:
         texts.append("")
     check_model(model)
+    import torch
+
+    from nft_ray.models.conditioning import conditioner
+
     quiet_libraries()
     folder = prepare(model, family(model).text_parts(model), transformer_only=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,8 +24,8 @@ from nft_ray.cli.failures import INTERRUPTED, explained, quiet
 from nft_ray.cli.place import PREEMPTED, Interrupted
 from nft_ray.config import masked_text
 
-LIGHT = {"rewards": rewards.rewards, "data": data.data}
-"""Commands that start without torch."""
+PARSED = {"rewards": rewards.rewards, "data": data.data}
+"""Commands that parse options of their own, so that they are imported anyway."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     quiet()
     try:
-        return LIGHT.get(args.command, _heavy)(args)
+        return PARSED.get(args.command, _command)(args)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Interrupted as error:
@@ -108,8 +108,8 @@ def _add_export(commands: Any) -> None:
     command.add_argument("--push", metavar="HUB_ID", help="upload it, to a repository that is made private (HF_TOKEN)")
 
 
-def _heavy(args: argparse.Namespace) -> int:
-    """The commands that bring torch: seconds that no other command should wait."""
+def _command(args: argparse.Namespace) -> int:
+    """The others, each imported when it is asked for. Torch comes later still: with the first weights."""
     if args.command == "train":
         from nft_ray.cli.train import train
 

@@ -20,7 +20,8 @@ from nft_ray.cli.watch import SAVE_S, Ending
 from nft_ray.config import ExperimentConfig, dump, load, lost
 from nft_ray.evaluation.summary import headline
 from nft_ray.models.base import check_model
-from nft_ray.models.lora import check_layers, read_lora
+from nft_ray.models.layers import check_layers
+from nft_ray.models.lora_files import lora_shapes
 from nft_ray.models.resolve import resolve
 from nft_ray.prompts.draw import experiment_prompts
 from nft_ray.prompts.sets import missing
@@ -52,7 +53,7 @@ def train(args: argparse.Namespace) -> int:
     stages = stages_of(config)
     check_model(config.model)
     if config.model.lora.start is not None:
-        check_layers(read_lora(config.model.lora.start)[0], config.model, config.model.lora.start)
+        check_layers(lora_shapes(config.model.lora.start), config.model, config.model.lora.start)
     if args.dry_run:
         return _dry_run(config, stages, local=args.local)
     prompts = [experiment_prompts(stage.config) for stage in stages]

@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nft_ray.config import ExperimentConfig, parse
-from nft_ray.models.full import check_weights, read_full
-from nft_ray.models.lora import check_layers, read_lora
+from nft_ray.models.layers import check_layers, check_weights
 from nft_ray.prompts.sets import DATASETS, PACKAGED, PUBLISHED
 from nft_ray.rewards.base import RewardConfig, TorchRewardConfig, reward_config, reward_files
 from nft_ray.runs.lora_source import find_source
@@ -104,15 +103,22 @@ def with_policy(config: ExperimentConfig, name: str | None) -> tuple[ExperimentC
     if name is None:
         return config, None
     source = find_source(name)
+    from nft_ray.models.full import read_full
+    from nft_ray.models.lora import read_lora  # bring torch
+
     weights = read_full(source)
     if weights is not None:  # of a run with model.tuning: full
-        check_weights(weights, config.model, name)
+        check_weights(_shapes(weights), config.model, name)
         return _with_model(config, tuning="full"), weights
     weights, lora = read_lora(source)
     if not any(weights[tensor].any() for tensor in weights if ".lora_B." in tensor):
         raise ValueError(f"--lora {name}: every lora_B is 0: it changes nothing; leave --lora out for the base model")
-    check_layers(weights, config.model, name)
+    check_layers(_shapes(weights), config.model, name)
     return _with_model(config, lora=lora, tuning="lora"), weights
+
+
+def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def _with_model(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:

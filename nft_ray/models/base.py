@@ -2,7 +2,11 @@
 
 The number 1000 (diffusion timesteps), latent scaling and packing live in those files only: everywhere else t is in
 [0, 1] with 1 = noise, latents are (C, H, W), and the velocity is noise - x0.
+
+Modules of families import torch and diffusers inside functions, and so does this one: a run is checked without them.
 """
+
+from __future__ import annotations
 
 import difflib
 import importlib
@@ -10,20 +14,19 @@ import json
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import diffusers
-import numpy as np
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import nft_ray.models
 from nft_ray.config import ModelConfig
 from nft_ray.models.parts import fetch, folder_of, missing_parts, prepare
 from nft_ray.models.resolve import started
 
-Conditioning = dict[str, torch.Tensor]  # name -> (B, ...); what the transformer needs to know of the prompts
-NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files", "parts", "resolve"}
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Conditioning = dict[str, "torch.Tensor"]  # name -> (B, ...); what the transformer needs to know of the prompts
+NOT_FAMILIES = {"base", "conditioning", "full", "layers", "lora", "lora_files", "parts", "resolve"}
 
 
 class Sizes(NamedTuple):
@@ -68,8 +71,9 @@ class FlowModel(Protocol):
 class Family(Protocol):
     """What a family's module holds; DISTILLED_GUIDANCE, the default, too, where its transformer is told a guidance."""
 
-    PIPELINE: Any  # the diffusers pipeline that its LoRAs are exported for
+    PIPELINE: str  # the name of the diffusers pipeline that its LoRAs are exported for
     LORA_TARGETS: tuple[str, ...]
+    BUFFERS: tuple[str, ...]  # what a transformer's files hold besides its parameters
 
     @staticmethod
     def text_parts(config: ModelConfig) -> tuple[str, ...]:
@@ -112,6 +116,13 @@ def family(config: ModelConfig) -> Any:
     return importlib.import_module(f"nft_ray.models.{config.family}")
 
 
+def pipeline_class(config: ModelConfig) -> Any:
+    """The family's pipeline in diffusers."""
+    import diffusers
+
+    return getattr(diffusers, family(config).PIPELINE)
+
+
 def load_model(config: ModelConfig, device: torch.device, *, transformer_only: bool = False) -> FlowModel:
     """Load a model family; learners load the transformer only (then `encode` and `decode` raise)."""
     quiet_libraries()
@@ -138,6 +149,9 @@ def fetch_model(config: ModelConfig, token: str | None, *, transformer_only: boo
 
 def quiet_libraries() -> None:
     """Errors only from transformers and diffusers, and no bars: ours say what is loading, one line per role."""
+    import diffusers
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
@@ -159,7 +173,7 @@ def check_folder(config: ModelConfig, folder: Path, *, transformer_only: bool = 
     module = family(config)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model.path = {config.path}: holds no model_index.json; name a pipeline in diffusers format")
-    pipeline, wanted = read_json(folder / "model_index.json").get("_class_name"), module.PIPELINE.__name__
+    pipeline, wanted = read_json(folder / "model_index.json").get("_class_name"), module.PIPELINE
     if pipeline != wanted:
         raise ValueError(f"model.path = {config.path}: is a {pipeline}; model.family {config.family} needs a {wanted}")
     if config.distilled_guidance is not None and not hasattr(module, "DISTILLED_GUIDANCE"):
@@ -198,15 +212,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def uint8_images(pixels: torch.Tensor) -> torch.Tensor:
     """A VAE's output (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), with diffusers' own rounding."""
+    import torch
+
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # its shape is not that of any work
 def probe_velocity(model: FlowModel) -> np.ndarray:
     """The model's velocity on its fixed probe, f32 (*latent)."""
-    return model.velocity(*model.probe())[0].cpu().numpy()
+    import torch
+
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its shape is not that of any work
+        return model.velocity(*model.probe())[0].cpu().numpy()
 
 
 def repeat(conditioning: Conditioning, index: torch.Tensor) -> Conditioning:

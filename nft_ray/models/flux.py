@@ -6,21 +6,25 @@ with the number of tokens. FLUX.1-dev was distilled with guidance as an INPUT of
 guidance on top stays off unless `sampler.guidance` asks for it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
-from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
-PIPELINE = FluxPipeline
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from nft_ray.models.conditioning import Conditioner
+
+PIPELINE = "FluxPipeline"
 LORA_TARGETS = (
     "attn.add_k_proj",
     "attn.add_q_proj",
@@ -38,6 +42,7 @@ LORA_TARGETS = (
 """As published for RL of FLUX.1-dev (yifan123/flow_grpo, scripts/train_flux.py); DiffusionNFT published none."""
 DISTILLED_GUIDANCE = 3.5
 """FluxPipeline's own default."""
+BUFFERS = ()
 MAX_TOKENS = 512
 PROBE_TOKENS = 8
 
@@ -69,6 +74,9 @@ class Flux:
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """v(x_t, t), f32 (B, *latent): packed into tokens (B, H/2 * W/2, 4 C) and back."""
+        import torch
+        from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
         text = conditioning["prompt_embeds"]
         (v,) = self.transformer(
             hidden_states=pixel_unshuffle(x, 2).flatten(2).transpose(1, 2).to(self._dtype),
@@ -84,6 +92,8 @@ class Flux:
 
     def probe(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
         """One fixed input at t = 1/2: seeded noise in the shapes of latents and text features."""
+        import torch
+
         shapes = {
             "prompt_embeds": (PROBE_TOKENS, self._config.joint_attention_dim),
             "pooled_prompt_embeds": (self._config.pooled_projection_dim,),
@@ -99,15 +109,19 @@ class Flux:
         assert self._text is not None, "a learner's model has no text encoders"
         return self._text.encode(prompts)
 
-    @torch.no_grad()
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's shift and scale."""
+        import torch
+
         assert self._vae is not None, "a learner's model has no VAE"
-        latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
+        with torch.no_grad():
+            latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor
+            return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """What FluxPipeline steps through at this resolution, f32 (num_steps + 1,)."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
         shift = {
             new: self._scheduler.config[old]
             for old, new in (
@@ -172,6 +186,11 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Flux:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    from nft_ray.models.conditioning import conditioner
+
     dtype = getattr(torch, config.dtype)
     transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
@@ -188,12 +207,16 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
     """The text encoders in use, on the host."""
-    pipeline = PIPELINE.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
     return _Text(pipeline, config.max_sequence_length)
 
 
 def _positions(rows: int, columns: int) -> torch.Tensor:
     """Where each image token stands, f32 (rows * columns, 3): 0, row, column."""
+    import torch
+
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import load_model
-from nft_ray.models.lora import Hold, assign, skeleton
+from nft_ray.models.lora import Hold, assign
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -66,21 +66,6 @@ def read_full(source: str | Path) -> Weights | None:
     if not config or config["model"].get("tuning") != "full":
         return None
     return load_file(state.with_name("ema.safetensors"))
-
-
-def check_weights(weights: Weights, config: ModelConfig, name: str) -> None:
-    """ValueError with one line where all weights of a transformer are not for this model; see lora.check_layers."""
-    transformer = skeleton(config)
-    if transformer is None:
-        return
-    wanted = {key: tuple(value.shape) for key, value in transformer.named_parameters()}
-    found = {key: value.shape for key, value in weights.items()}
-    strange = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
-    if strange:
-        raise ValueError(
-            f"LoRA {name}: holds all weights of a transformer, and {strange[0]} is {found.get(strange[0])} there and "
-            f"{wanted.get(strange[0])} in model.path = {config.path}; is it another's?"
-        )
 
 
 def export_transformer(weights: Weights, config: ModelConfig, folder: Path) -> None:

@@ -6,24 +6,19 @@ less in 16 bit. What that means for the gradient is measured: docs/decisions/000
 own: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 """
 
-import importlib
 import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch.nn.functional import linear
 
 from nft_ray.config import LoraConfig, ModelConfig
-from nft_ray.models.base import family, read_json
-from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora
-from nft_ray.models.parts import folder_of
+from nft_ray.models.base import family, pipeline_class
+from nft_ray.models.lora_files import DIFFUSERS, LoraFile, find_lora, opened
 from nft_ray.seeding import mix
 from nft_ray.types import Weights
 
@@ -185,51 +180,6 @@ def read_lora(path: str | Path) -> tuple[Weights, LoraConfig]:
     return _read(file), file.config
 
 
-def skeleton(config: ModelConfig) -> torch.nn.Module | None:
-    """The transformer without memory, built from its configuration; None where that is not at hand."""
-    folder = folder_of(config)
-    if folder is None:
-        return None
-    kind = getattr(diffusers, read_json(folder / "model_index.json")["transformer"][1])
-    with torch.device("meta"):
-        transformer: torch.nn.Module = kind.from_config(read_json(folder / "transformer" / "config.json"))
-    return transformer
-
-
-@lru_cache(maxsize=4)
-def num_trained(config: ModelConfig) -> int | None:
-    """How many numbers are trained: of the LoRA, or of the whole transformer; None where nothing tells."""
-    transformer = skeleton(config)
-    if transformer is None:
-        return None
-    if config.tuning == "full":
-        return sum(parameter.numel() for parameter in transformer.parameters())
-    layers = _layers(transformer, config.lora, family(config).LORA_TARGETS).values()
-    return config.lora.rank * sum(layer.in_features + layer.out_features for layer in layers)
-
-
-def check_layers(weights: Weights, config: ModelConfig, name: str) -> None:
-    """ValueError with one line where a LoRA is not for this model: a layer is not there, or has another size.
-
-    Nothing is said where the model's configuration is not at hand.
-    """
-    transformer = skeleton(config)
-    if transformer is None:
-        return
-    found = {layer: module for layer, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-    for tensor, value in weights.items():
-        layer, end = tensor.removesuffix(".weight").rsplit(".lora_", 1)
-        if layer not in found:
-            raise ValueError(f"LoRA {name}: model.path = {config.path} has no linear layer {layer}; is it another's?")
-        has = found[layer].in_features if end == "A" else found[layer].out_features
-        wants = value.shape[1 if end == "A" else 0]
-        if wants != has:
-            raise ValueError(
-                f"LoRA {name}: {layer} has {wants} {'inputs' if end == 'A' else 'outputs'} there and {has} in "
-                f"model.path = {config.path}; is it another's?"
-            )
-
-
 def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) -> None:
     """Put the LoRA of `config.start`, if any, into the attached parameters; ValueError where it is not theirs."""
     if config.start is None:
@@ -254,11 +204,8 @@ def assign_start(parameters: dict[str, torch.nn.Parameter], config: LoraConfig) 
 
 
 def _read(file: LoraFile) -> Weights:
-    try:
-        with safe_open(file.path, "pt") as tensors:
-            return {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
-    except SafetensorError as error:  # what the header's shapes do not show: data types, gaps between the tensors
-        raise ValueError(f"LoRA {file.path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
+    with opened(file, "pt") as tensors:
+        return {wire: tensors.get_tensor(name).float().numpy() for wire, (name, _) in file.tensors.items()}
 
 
 def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:
@@ -267,13 +214,12 @@ def export_lora(weights: Weights, config: ModelConfig, folder: Path) -> None:
     The metadata carries alpha: without it a reload would scale by 1 and give other images. The same weights give the
     same file, to the byte.
     """
-    family = importlib.import_module(f"nft_ray.models.{config.family}")
-    family.PIPELINE.save_lora_weights(
+    pipeline_class(config).save_lora_weights(
         save_directory=str(folder),
         transformer_lora_layers={name: torch.from_numpy(np.array(value)) for name, value in weights.items()},
         transformer_lora_adapter_metadata={
             name: sorted(value) if isinstance(value, set) else value
-            for name, value in peft_config(config.lora, family.LORA_TARGETS).to_dict().items()
+            for name, value in peft_config(config.lora, family(config).LORA_TARGETS).to_dict().items()
         },
     )
     _sort_header(folder / DIFFUSERS)

@@ -12,10 +12,13 @@ A file is read with what stands beside it, however it was named: its alpha is no
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from nft_ray.config import LoraConfig
 from nft_ray.downloads.pipelines import is_hub_id, lora_folder, token
@@ -73,6 +76,23 @@ def find_lora(path: str | Path) -> LoraFile:
         return _file(others[0])
     _refuse_run(path)
     raise ValueError(f"LoRA {path}: holds neither {DIFFUSERS} nor {PEFT_CONFIG} with {PEFT}, nor one .safetensors file")
+
+
+@contextmanager
+def opened(file: LoraFile, framework: str) -> Iterator[Any]:
+    """Its tensors as safetensors gives them ("pt", "np"); ValueError where it cannot be read."""
+    try:
+        with safe_open(file.path, framework) as tensors:
+            yield tensors
+    except SafetensorError as error:  # what the header's shapes do not show: data types, gaps between the tensors
+        raise ValueError(f"LoRA {file.path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
+
+
+def lora_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a LoRA's tensors by wire name; ValueError with one line as `find_lora`, and where it cannot be read."""
+    file = find_lora(path)
+    with opened(file, "np"):
+        return {name: shape for name, (_, shape) in file.tensors.items()}
 
 
 def refuse_published(path: str | Path) -> None:

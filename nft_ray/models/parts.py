@@ -68,6 +68,17 @@ def missing_parts(folder: Path, text_parts: Sequence[str], transformer_only: boo
     return missing
 
 
+def weight_files(place: Path) -> list[Path]:
+    """What holds the weights of a part: one file, or the shards that its index names, be they there or not."""
+    for name in WEIGHTS:
+        index = place / f"{name}.safetensors.index.json"
+        if index.is_file():
+            return [place / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if (place / f"{name}.safetensors").is_file():
+            return [place / f"{name}.safetensors"]
+    return []
+
+
 def _whole(text_parts: Sequence[str], transformer_only: bool) -> pipelines.Whole:
     parts = () if transformer_only else text_parts
     return partial(_lacks_nothing, text_parts=parts, transformer_only=transformer_only)
@@ -78,11 +89,7 @@ def _lacks_nothing(folder: Path, text_parts: Sequence[str], transformer_only: bo
 
 
 def _missing_weights(place: Path) -> list[str]:
-    for name in WEIGHTS:
-        index = place / f"{name}.safetensors.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            return [f"{place.name}/{shard}" for shard in sorted(shards) if not (place / shard).is_file()]
-        if (place / f"{name}.safetensors").is_file():
-            return []
-    return [f"{place.name}/*.safetensors"]
+    files = weight_files(place)
+    if not files:
+        return [f"{place.name}/*.safetensors"]
+    return [f"{place.name}/{file.relative_to(place)}" for file in files if not file.is_file()]

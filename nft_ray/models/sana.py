@@ -4,23 +4,28 @@ A prompt is read after the pipeline's own instruction to enhance it; "" is the u
 in SanaPipeline. Its scheduler starts a little below 1 (0.9997 for 10 steps): so do the sigmas here.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from typing import TYPE_CHECKING
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
-from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
-PIPELINE = SanaPipeline
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    from nft_ray.models.conditioning import Conditioner
+
+PIPELINE = "SanaPipeline"
 TIMESTEPS = 1000.0
 LORA_TARGETS = tuple(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_k", "to_q", "to_v"))
 """Self- and cross-attention, as in diffusers' own LoRA example for Sana (to_k, to_q, to_v)."""
-INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+BUFFERS = ()
 MAX_TOKENS = 300
 PROBE_TOKENS = 8
 
@@ -59,6 +64,8 @@ class Sana:
 
     def probe(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
         """One fixed input at t = 1/2: seeded noise in the shapes of latents and text features."""
+        import torch
+
         embeds = noise([mix("probe", "prompt_embeds")], (PROBE_TOKENS, self._config.caption_channels))
         conditioning = {"prompt_embeds": embeds, "prompt_mask": torch.ones(1, PROBE_TOKENS)}
         x = noise([mix("probe", "x")], self.latent_shape).to(self._device)
@@ -70,12 +77,14 @@ class Sana:
         assert self._text is not None, "a learner's model has no text encoder"
         return self._text.encode(prompts)
 
-    @torch.no_grad()
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's scale."""
+        import torch
+
         assert self._vae is not None, "a learner's model has no VAE"
-        latents = x0 / self._vae.config.scaling_factor
-        return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
+        with torch.no_grad():
+            latents = x0 / self._vae.config.scaling_factor
+            return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """The scheduler's own, f32 (num_steps + 1,)."""
@@ -94,6 +103,7 @@ class _Text:
     def __init__(self, pipeline: SanaPipeline, max_sequence_length: int) -> None:
         self.modules = (pipeline.text_encoder,)
         self._pipeline, self._max_sequence_length = pipeline, max_sequence_length
+        self._instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
 
     def __call__(self, prompt: str, device: torch.device) -> Conditioning:
         embeds, mask, _, _ = self._pipeline.encode_prompt(
@@ -101,7 +111,7 @@ class _Text:
             do_classifier_free_guidance=False,
             device=device,
             max_sequence_length=self._max_sequence_length,
-            complex_human_instruction=INSTRUCTION if prompt else None,
+            complex_human_instruction=self._instruction if prompt else None,
         )
         return {"prompt_embeds": embeds, "prompt_mask": mask.float()}
 
@@ -134,6 +144,11 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Sana:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
+    import torch
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+
+    from nft_ray.models.conditioning import conditioner
+
     dtype = getattr(torch, config.dtype)
     transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
@@ -148,7 +163,9 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
     """The text encoder, on the host."""
-    pipeline = PIPELINE.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
+    from diffusers import SanaPipeline
+
+    pipeline = SanaPipeline.from_pretrained(folder, dtype=dtype, transformer=None, vae=None)
     return _Text(pipeline, config.max_sequence_length)
 
 

@@ -4,19 +4,28 @@ Text goes through the pipeline's own `encode_prompt`, sigmas come from its own s
 shift and scale: so what is trained here is what plain diffusers runs afterwards.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from typing import TYPE_CHECKING, Any
 
 from nft_ray.config import ModelConfig
 from nft_ray.models.base import Conditioning, Sizes, check_size, read_json, uint8_images
-from nft_ray.models.conditioning import Conditioner, conditioner
 from nft_ray.seeding import mix, noise
 
-PIPELINE = StableDiffusion3Pipeline
+if TYPE_CHECKING:
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    from nft_ray.models.conditioning import Conditioner
+
+PIPELINE = "StableDiffusion3Pipeline"
 TIMESTEPS = 1000.0
 LORA_TARGETS = (
     "attn.add_k_proj",
@@ -29,6 +38,7 @@ LORA_TARGETS = (
     "attn.to_v",
 )
 """As published for DiffusionNFT on SD3.5-medium (NVlabs/DiffusionNFT, config/nft.py)."""
+BUFFERS = ("pos_embed.pos_embed",)
 MAX_TOKENS, CLIP_TOKENS = 512, 77
 PROBE_TOKENS = 8
 
@@ -67,6 +77,8 @@ class SD3:
 
     def probe(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
         """One fixed input at t = 1/2: seeded noise in the shapes of latents and text features."""
+        import torch
+
         shapes = {
             "prompt_embeds": (PROBE_TOKENS, self._config.joint_attention_dim),
             "pooled_prompt_embeds": (self._config.pooled_projection_dim,),
@@ -82,12 +94,14 @@ class SD3:
         assert self._text is not None, "a learner's model has no text encoders"
         return self._text.encode(prompts)
 
-    @torch.no_grad()
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents -> uint8 NHWC, with the VAE's shift and scale."""
+        import torch
+
         assert self._vae is not None, "a learner's model has no VAE"
-        latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
+        with torch.no_grad():
+            latents = x0 / self._vae.config.scaling_factor + self._vae.config.shift_factor
+            return uint8_images(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """What diffusers' own pipeline would step through, f32 (num_steps + 1,)."""
@@ -151,6 +165,11 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> SD3:
     """Load the frozen pipeline (or its transformer only) in `config.dtype`."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    from nft_ray.models.conditioning import conditioner
+
     dtype = getattr(torch, config.dtype)
     transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     transformer = transformer.to(device).requires_grad_(False).eval()
@@ -166,12 +185,15 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:
     """The text encoders in use, on the host."""
+    import torch
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
     parts: dict[str, Any] = {"vae": None, "transformer": None}
     if not config.max_sequence_length:  # `encode_prompt` asks the transformer how wide the features of no T5 would be
         with torch.device("meta"):
             transformer = SD3Transformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
         parts |= {"transformer": transformer, "text_encoder_3": None, "tokenizer_3": None}
-    return _Text(PIPELINE.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
+    return _Text(StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **parts), config.max_sequence_length)
 
 
 def _factor(folder: Path) -> int:

@@ -7,7 +7,7 @@ import yaml
 
 from nft_ray.config import ExperimentConfig, dump, parse, shared
 from nft_ray.downloads.pipelines import NANO, location
-from nft_ray.models.base import family
+from nft_ray.models.base import family, pipeline_class
 from nft_ray.runs.stages import stage_at, stages_of
 
 
@@ -50,7 +50,7 @@ def model_card(
     if merged_dtype:
         parts.append(
             f"`transformer/` is the whole transformer with the LoRA merged in ({merged_dtype}): "
-            f"`{family(model).PIPELINE.__name__}.from_pretrained(BASE, transformer=...)`, without load_lora_weights."
+            f"`{family(model).PIPELINE}.from_pretrained(BASE, transformer=...)`, without load_lora_weights."
         )
     parts += [
         "The licence of the base model applies.",
@@ -68,7 +68,7 @@ def shareable(config: ExperimentConfig) -> ExperimentConfig:
 def loading_code(config: ExperimentConfig, where: str) -> str:
     """Python that draws an image in plain diffusers; only the packaged nano-sd3 is asked of this package."""
     module, model = family(config.model), config.model
-    pipeline, used = module.PIPELINE, module.text_parts(model)
+    pipeline, used = pipeline_class(model), module.text_parts(model)
     unused = [
         name
         for name in inspect.signature(pipeline.__init__).parameters

@@ -5,7 +5,8 @@
     DIR/config.yaml                         the experiment
     DIR/transformer/                        merged, beside the LoRA; of model.tuning: full, instead of it
 
-The LoRA file itself is written by `nft_ray.models.lora.export_lora`, as at the end of every run.
+The LoRA file itself is written by `nft_ray.models.lora.export_lora`, as at the end of every run. Torch is imported
+where it is written: the driver of a run needs it for nothing else.
 """
 
 import json
@@ -13,12 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nft_ray.config import ExperimentConfig, ModelConfig, dump, load
 from nft_ray.models.base import family, load_model
-from nft_ray.models.full import export_transformer
-from nft_ray.models.lora import export_lora, merged
 from nft_ray.models.parts import prepare
 from nft_ray.prompts.draw import load_prompts, shared_tags
 from nft_ray.runs import report
@@ -56,12 +54,9 @@ def export_run(
     if (target / TRANSFORMER).exists() and not (merge or full):
         raise ValueError(f"--output {target}: holds a merged transformer; add --merge, or choose another folder")
     target.mkdir(parents=True, exist_ok=True)
-    merged_dtype = None
-    if full:  # all of it is trained: there is nothing to merge
-        export_transformer(weights, config.model, target / TRANSFORMER)
-    else:
-        export_lora(weights, config.model, target)
-        merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if merge else None
+    _write(weights, config.model, lora=target, transformer=target / TRANSFORMER)
+    merge = merge and not full  # all of it is trained: there is nothing to merge
+    merged_dtype = export_merged(weights, config.model, target / TRANSFORMER) if merge else None
     lines = [line for line in read_metrics(run) if line["epoch"] <= state["epoch"]]
     report.reward_curve(lines, target / "reward_curve.png")
     write_atomically(target / "config.yaml", dump(shareable(config)))
@@ -98,11 +93,7 @@ def held_out_figures(run: Path, config: ExperimentConfig, epoch: int) -> str:
 
 def export_policy(weights: Weights, config: ModelConfig, folder: Path) -> Path:
     """Write what a run has trained for plain diffusers: FOLDER/lora, or with full fine-tuning FOLDER/transformer."""
-    if config.tuning == "full":
-        export_transformer(weights, config, folder / "transformer")
-        return folder / "transformer"
-    export_lora(weights, config, folder / "lora")
-    return folder / "lora"
+    return _write(weights, config, lora=folder / "lora", transformer=folder / TRANSFORMER)
 
 
 def export_merged(weights: Weights, config: ModelConfig, folder: Path) -> str:
@@ -110,6 +101,10 @@ def export_merged(weights: Weights, config: ModelConfig, folder: Path) -> str:
 
     As a sampler merges: W + alpha / r * B A in float32, rounded once.
     """
+    import torch
+
+    from nft_ray.models.lora import merged
+
     source = prepare(config, (), transformer_only=True)
     dtype = stored_dtype(source / "transformer")
     base = config.model_copy(update={"dtype": dtype})
@@ -134,6 +129,18 @@ def stored_dtype(folder: Path) -> str:
     if not values or (most := values.most_common(1)[0][0]) not in DTYPES:
         raise ValueError(f"{folder}: weights of type {', '.join(values) or 'none'}; known: {', '.join(DTYPES)}")
     return DTYPES[most]
+
+
+def _write(weights: Weights, config: ModelConfig, *, lora: Path, transformer: Path) -> Path:
+    """Write a LoRA into the one folder, or of full fine-tuning the transformer into the other; returns which."""
+    from nft_ray.models.full import export_transformer
+    from nft_ray.models.lora import export_lora
+
+    if config.tuning == "full":
+        export_transformer(weights, config, transformer)
+        return transformer
+    export_lora(weights, config, lora)
+    return lora
 
 
 def _checkpoint(run: Path, epoch: int | None) -> Path:

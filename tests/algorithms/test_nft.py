@@ -27,7 +27,7 @@ def test_loss_gradient_and_optimality_match_the_goldens(goldens: Path, i: int) -
     with np.load(goldens / "loss.npz") as file:
         assert int(file["n"]) == 15
         case = {key.split("/")[1]: file[key] for key in file if key.startswith(f"{i}/")}
-    x = {key: torch.from_numpy(case[key]) for key in ("adv", "v", "v_old", "v_ref", "x0", "xt", "t")}
+    x = {key: torch.from_numpy(case[key]) for key in ("v", "v_old", "v_ref", "x0", "xt", "t", "adv")}
     v, clip = x["v"].requires_grad_(), float(case["adv_clip_max"])
 
     r = optimality(x["adv"], clip=clip, mode=str(case["adv_mode"]))
@@ -157,13 +157,18 @@ def test_what_does_not_fit_is_refused_instead_of_broadcast(change: dict, message
     ],
 )
 def test_optimality_by_mode(mode: str, expected: list[float]) -> None:
-    advantages = torch.tensor([-9.0, -2.0, -1.0, 0.0, 1.0, 7.0])
-    assert optimality(advantages, clip=2.0, mode=mode).tolist() == expected
-    assert optimality(torch.tensor([float("nan")]), clip=2.0, mode=mode).isnan().all()
+    advantages = np.array([-9.0, -2.0, -1.0, 0.0, 1.0, 7.0, np.nan], np.float32)
+    r = optimality(advantages, clip=2.0, mode=mode)
+    assert r[:-1].tolist() == expected
+    assert np.isnan(r[-1])
+    assert r.dtype == np.float32
+    of_tensor = optimality(torch.from_numpy(advantages), clip=2.0, mode=mode)
+    assert of_tensor.numpy().tobytes() == r.tobytes()
+    assert optimality(torch.ones(2, dtype=torch.bfloat16), clip=2.0, mode=mode).dtype == torch.float32
 
 
 def test_unknown_mode_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown advantage mode 'positive': use .*; nearest: 'positive_only'"):
-        optimality(torch.zeros(2), clip=5.0, mode="positive")
+        optimality(np.zeros(2), clip=5.0, mode="positive")
     with pytest.raises(ValueError, match=r"clip = 0\.0: must be above 0"):
-        optimality(torch.zeros(2), clip=0.0)
+        optimality(np.zeros(2), clip=0.0)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -70,6 +71,7 @@ class Node:
     name: str
     process: subprocess.Popen[bytes]
     place: str = ""
+    metrics_port: int = 0
 
     def find(self, program: str) -> int:
         """The process id of its raylet or gcs_server."""
@@ -206,9 +208,16 @@ class Cluster:
         return next(name for name, node in self.nodes.items() if node.process.pid in above)
 
     def store_mib(self) -> float:
-        """What is in the object stores of the living nodes, as the dashboard last heard."""
-        nodes = [node["raylet"] for node in self.ask("nodes?view=summary", "")["data"]["summary"]]
-        return sum(node.get("object_store_used_memory", 0) for node in nodes if node.get("state") == "ALIVE") / 2**20
+        """What is in the object stores of the nodes, as each tells Prometheus; a node that does not answer has none."""
+        total = 0.0
+        for node in self.nodes.values():
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"http://{self.host}:{node.metrics_port}/metrics", timeout=5) as answer:
+                    text = answer.read().decode()
+                total += sum(
+                    float(used) for used in re.findall(r"^ray_object_store_used_memory{.*} (\S+)$", text, re.M)
+                )
+        return total / 2**20
 
     def ask(self, path: str, below: str = "api/", tell: Mapping[str, Any] | None = None) -> Any:
         """What the dashboard's REST interface says, or says to what it is told."""
@@ -265,12 +274,12 @@ class Cluster:
         host = place.address if place else self.host
         command = [*(place.inside if place else ()), RAY, "start", "--block", "--disable-usage-stats", *more]
         command += [f"--num-cpus={cpus:g}", f"--object-store-memory={self._store_bytes}", f"--node-ip-address={host}"]
-        for port in ("dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port"):
-            command.append(f"--{port}={free_port()}")
+        ports = {kind: free_port() for kind in ("dashboard-agent-listen", "metrics-export", "runtime-env-agent")}
+        command += [f"--{kind}-port={port}" for kind, port in ports.items()]
         log = (self.folder / f"{name}.log").open("ab")
         process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         log.close()
-        self.nodes[name] = Node(name, process, place.name if place else "")
+        self.nodes[name] = Node(name, process, place.name if place else "", ports["metrics-export"])
         return self.nodes[name]
 
     def _answers(self) -> bool:

@@ -5,7 +5,7 @@
 900 tiny epochs, again and again until the time is over. Every few seconds a sampler, a learner, a reward replica or a
 node is killed, or a sampler is stopped; now and then the driver, and the same command goes on. Measured, every two
 seconds and between kills: the driver's memory and file handles, the objects in the store, the processes of the cluster.
-Their slopes per hour are fitted over each life of the driver without its first minute, in which it warms up.
+Their slopes per hour are fitted over each life of the driver, from a minute after its first epoch to its last one.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in SERIES}
     for life in sorted({sample.life for sample in samples}):
         own = [sample for sample in samples if sample.life == life]
-        warm = [sample for sample in own if sample.at_s - own[0].at_s >= WARM_S]
+        at_work = [sample for sample in own if own[0].epoch < sample.epoch < own[-1].epoch]
+        warm = [sample for sample in at_work if sample.at_s - at_work[0].at_s >= WARM_S]
         if len(warm) < 20 or warm[-1].at_s - warm[0].at_s < WARM_S:
             continue
         hours = np.array([sample.at_s for sample in warm]) / 3600
@@ -124,7 +125,10 @@ def soak(folder: Path, minutes: float, seed: int, every: tuple[float, float]) ->
                     run.whole(EPOCHS)
                     number, finished = number + 1, finished + EPOCHS
                     run = Run(f"soak-{number}", folder, table, ray.environment, *SETTINGS)
-                elif status not in (75, -signal.SIGKILL):
+                elif status == 75:
+                    events["the run ends with status 75, and is repeated"] += 1
+                    sys.stdout.write(f"{run.last_line}\n")
+                elif status != -signal.SIGKILL:
                     raise AssertionError(f"exit status {status}: {run.said[-3000:]}")
                 life += 1
                 run.start()

@@ -37,7 +37,7 @@ def test_the_disk_of_the_run_is_full_and_then_has_room_again(
     """The run ends with one line; the newest whole checkpoint is there, and the same command goes on from it."""
     epochs = 20
     reference = calm.run(epochs)
-    with small_disk(scenarios.folder / "small", 8) as disk:
+    with small_disk(scenarios.folder / "small", 24) as disk:
         run = scenarios.run("full", ray_cluster, f"run.num_epochs={epochs}", f"run.root={disk}")
         run.runs = disk
         run.path = disk / "full"

@@ -28,8 +28,8 @@ from tests.test_trainer import LINES, Diary, policy, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.full]
 STORE = 150 * 2**20
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
-"""A node that was killed is known to be gone after a second, not after fifteen."""
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 5}
+"""A node that was killed is known to be gone after three seconds, not after fifteen."""
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_a_node_is_lost_with_its_workers_and_objects(small_head: Cluster, scenar
 @pytest.mark.full
 def test_a_sampler_node_that_is_away_gets_its_seats_back(small_head: Cluster, scenarios: Scenarios, calm: Calm) -> None:
     """With room for some samplers only, the run goes on with those, says so, and fills the seats when there is room."""
-    settings = ("sampler.num_workers=4", "sampler.num_cpus=0.5", "cluster.wait_s=5", "learner.num_cpus=0.4")
+    settings = ("sampler.num_workers=4", "sampler.num_cpus=0.5", "cluster.wait_s=15", "learner.num_cpus=0.4")
     run = scenarios.run("away", small_head, *settings, "run.num_epochs=500").start()
     run.reach(1)
     away = other_node(small_head, SAMPLER)

@@ -141,7 +141,7 @@ def test_any_exception_of_a_command_is_one_line(
     def broken(args: object) -> int:
         raise AssertionError("rank 0 gave no state")
 
-    monkeypatch.setitem(main.LIGHT, "rewards", broken)
+    monkeypatch.setitem(main.PARSED, "rewards", broken)
     assert main.main(["rewards", "status"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nft-ray: AssertionError: rank 0 gave no state")
@@ -159,7 +159,7 @@ def leaves_one(args):
     sys.modules["kept"] = task = loop.create_task(fails())
     loop.run_until_complete(asyncio.wait([task], timeout=1))
     raise RuntimeError("25% of the samples miss a reward")
-main.LIGHT["rewards"] = leaves_one
+main.PARSED["rewards"] = leaves_one
 status = main.main(["rewards", "status"])
 del sys.modules["kept"]
 sys.exit(status)

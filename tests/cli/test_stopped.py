@@ -222,7 +222,7 @@ def test_sigterm_anywhere_else_is_one_line(name: str, status: int, monkeypatch: 
     def stopped(_: object) -> int:
         raise Terminated
 
-    monkeypatch.setattr("nft_ray.cli.main._heavy", stopped)
+    monkeypatch.setattr("nft_ray.cli.main._command", stopped)
     done = nft_ray_here(name, "none.yaml", runs=Path("none"))
     assert (done.returncode, done.stderr) == (status, "stopped by SIGTERM: run the same command again\n")
 

@@ -13,8 +13,9 @@ from nft_ray.config import ExperimentConfig, LoraConfig, ModelConfig
 from nft_ray.cores.learner import LearnerCore
 from nft_ray.cores.publish import verify
 from nft_ray.cores.sampler import SamplerCore
-from nft_ray.models.base import FlowModel, check_model, families, family, load_model, repeat, sizes
-from nft_ray.models.lora import attach, export_lora, num_trained, random_weights
+from nft_ray.models.base import FlowModel, check_model, families, load_model, pipeline_class, repeat, sizes
+from nft_ray.models.layers import linear_layers, num_trained, parameters
+from nft_ray.models.lora import attach, export_lora, random_weights
 from nft_ray.seeding import noise
 from nft_ray.types import Adapters, AdapterWeights, Prompt, RolloutItem, RolloutRequest, TrainGroup, Weights
 from tests.examples import example_config
@@ -153,6 +154,41 @@ def test_sixteen_bits(kind: str, tiny_folder: Path) -> None:
     assert model.decode(x).shape == exact.decode(x).shape
 
 
+@every_kind
+def test_the_files_say_what_is_loaded(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Names, shapes and linear layers, without torch; where there are no files yet, torch says the same."""
+    config = tiny_model(kind, tiny_folder)
+    transformer = load_model(config, CPU, transformer_only=True).transformer
+    wanted = {name: tuple(value.shape) for name, value in transformer.named_parameters()}
+    linear = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert parameters(config) == wanted
+    assert linear_layers(wanted).keys() == linear
+    assert num_trained(config.model_copy(update={"tuning": "full"})) == sum(
+        value.numel() for value in transformer.parameters()
+    )
+    for weights in ("none", "cut"):
+        folder = tmp_path / weights
+        shutil.copytree(config.path, folder)
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        if weights == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        else:
+            file.unlink()
+        assert parameters(config.model_copy(update={"path": str(folder)})) == wanted
+
+
+def test_a_transformer_in_shards(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_model("sana", tiny_folder)
+    load_model(config, CPU, transformer_only=True).transformer.save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB"
+    )  # type: ignore[operator]
+    shutil.copytree(config.path, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "transformer")
+    (tmp_path / "sharded").rename(tmp_path / "whole" / "transformer")
+    assert len(list((tmp_path / "whole" / "transformer").glob("*.safetensors"))) > 2
+    assert parameters(config.model_copy(update={"path": str(tmp_path / "whole")})) == parameters(config)
+
+
 @pytest.mark.parametrize("kind", OF_EACH_FAMILY)
 def test_what_a_sampler_gives_trains_a_learner(kind: str, tiny_folder: Path) -> None:
     config = experiment(tiny_model(kind, tiny_folder, lora=LORA))
@@ -257,7 +293,7 @@ def our_images(config: ExperimentConfig, weights: Weights | None) -> np.ndarray:
 
 def plain_pipeline(config: ModelConfig) -> Any:
     without_t5 = {} if config.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-    plain = family(config).PIPELINE.from_pretrained(config.path, **without_t5)
+    plain = pipeline_class(config).from_pretrained(config.path, **without_t5)
     plain.set_progress_bar_config(disable=True)
     return plain
 
