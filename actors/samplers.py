@@ -1,6 +1,7 @@
 """The sampler plane: a pool of actors, each holding one SamplerCore and `max_staleness + 1` adapter versions.
 
-    request ──► pool ──► SamplerActor.rollout ──► info (driver) · images (reference) · samples (reference)
+    request ──► pool ──► SamplerActor.draw ──► images (reference), at once
+                                     .clean ──► info (driver) · samples (reference)
     adapters ──► every SamplerActor.load, weights by reference ──► receipts, verified
 
 Failure policy
@@ -16,6 +17,7 @@ Failure policy
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,7 +34,7 @@ from actors.pool import WorkerPool
 from nft_ray.config import ExperimentConfig, SamplerConfig
 from nft_ray.cores.publish import verify
 from nft_ray.failures import lost, out_of_memory, store_full
-from nft_ray.roles import ObjectsLostError
+from nft_ray.roles import ObjectsLostError, Seen
 from nft_ray.types import (
     Adapters,
     AdapterWeights,
@@ -52,7 +54,9 @@ class SamplerLike(Protocol):
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt: ...
 
-    def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]: ...
+    def draw(self, request: RolloutRequest) -> np.ndarray: ...
+
+    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]: ...
 
     def park(self) -> None: ...
 
@@ -75,6 +79,7 @@ class SamplerActor:
     def __init__(self, make: SamplerFactory, config: ExperimentConfig, name: str) -> None:
         self._make = lambda: make(config, name)
         self._model = config.model
+        self._failure: Exception | None = None
 
     def download(self, token: str | None) -> Iterator[str]:
         from nft_ray.models.base import fetch_model
@@ -88,8 +93,19 @@ class SamplerActor:
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
         return self._core.load(adapters, weights)
 
-    def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
-        return self._core.rollout(request)
+    def draw(self, request: RolloutRequest) -> tuple[None, np.ndarray]:
+        """A word that it is done, and the images; `clean` is called right behind it."""
+        self._failure = None
+        try:
+            return None, self._core.draw(request)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]:
+        if self._failure is not None:  # of the drawing: it is the failure of the rollout
+            raise self._failure
+        return self._core.clean()
 
     def park(self) -> None:
         self._core.park()
@@ -186,11 +202,18 @@ class SamplerPool:
             free = await asyncio.to_thread(ray._private.state.available_resources_per_node)  # type: ignore[attr-defined]
             self._pool.grow(room(free.values(), self._config.sampler))
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
+        """Two calls of one worker, sent at once: nothing can come between them."""
+
+        def send(actor: Any) -> Sequence[Any]:
+            done, images = actor.draw.options(num_returns=2).remote(request)
+            if seen is not None:
+                asyncio.ensure_future(done).add_done_callback(partial(_tell, seen, images))
+            info, samples = actor.clean.options(num_returns=2).remote()
+            return info, images, samples
+
         what = f"rollout of {_when(request)}, prompt {request.items[0].prompt.id}"
-        info, (_, images, samples) = await self._pool.call(
-            what, lambda actor: actor.rollout.options(num_returns=3).remote(request)
-        )
+        info, (_, images, samples) = await self._pool.call(what, send)
         return Rollout(info=info, images=images, samples=samples)
 
     async def images(self, rollout: Rollout) -> np.ndarray:
@@ -288,6 +311,12 @@ def _sizes(sampler: SamplerConfig) -> str:
     decode = sampler.decode_batch_size
     also = f", sampler.decode_batch_size = {decode}" if decode else ""
     return f"sampler.micro_batch_size = {sampler.micro_batch_size}{also}"
+
+
+def _tell(seen: Seen, images: Any, done: "asyncio.Future[None]") -> None:
+    """Images that do not come are the business of the call."""
+    if not done.cancelled() and done.exception() is None:
+        seen(images)
 
 
 def _load(actor: Any, adapters: Adapters) -> Sequence[Any]:

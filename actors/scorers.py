@@ -44,7 +44,7 @@ from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.monitored import Monitored
 from nft_ray.rewards.outage import Outage
 from nft_ray.roles import ObjectsLostError
-from nft_ray.types import Rewards, Rollout, RolloutRequest
+from nft_ray.types import Rewards, RolloutRequest
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ class ServeScorers:
         self._beside: dict[asyncio.Task[None], int] = {}  # calls of rewards that only monitor, and their epoch
         self.num_missing: Counter[tuple[str, str]] = Counter()
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
-        question = _Question(rollout.images, [one.text for one in prompts], [one.metadata for one in prompts])
+        question = _Question(images, [one.text for one in prompts], [one.metadata for one in prompts])
         work = {name: self._train(name, question) for name in self._weights}
         if request.split == "train":
             for name in self._outages:

@@ -68,7 +68,10 @@ class WeightsOnlyCore:
             probe_base=PROBE,
         )
 
-    def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
+    def draw(self, request: RolloutRequest) -> np.ndarray:
+        raise AssertionError("nobody rolls out here")
+
+    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]:
         raise AssertionError("nobody rolls out here")
 
 

@@ -72,7 +72,7 @@ async def moments(config: ExperimentConfig, epochs: Sequence[int]) -> list[Momen
         groups = []
         for request in epoch_requests(prompts, config, epoch=epoch, policy_version=epoch):
             rollout = await samplers.rollout(request)
-            rewards = await scorers.score(request, rollout)
+            rewards = await scorers.score(request, rollout.images)
             groups.append(ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards))
         batch = make_batch(groups, config, num_shards=1)
         if epoch in epochs:

@@ -20,7 +20,7 @@ from nft_ray.rewards.combine import assemble
 from nft_ray.rewards.monitored import Monitored
 from nft_ray.rewards.outage import Outage
 from nft_ray.rewards.unique import Unique, blamed
-from nft_ray.roles import EvaluationRoles, Roles
+from nft_ray.roles import EvaluationRoles, Roles, Seen
 from nft_ray.types import (
     Adapters,
     AdapterWeights,
@@ -52,7 +52,7 @@ class LocalSamplers:
     async def load(self, adapters: Adapters) -> None:
         verify(adapters, self._core.load(adapters, adapters.weights), self._dtype)
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         await asyncio.sleep(0)  # lets the loop see Ctrl-C and the other coroutines between groups
         info, images, samples = self._core.rollout(request)
         return Rollout(info=info, images=images, samples=samples)
@@ -76,16 +76,16 @@ class LocalScorers:
         self._outages = {name: Outage(name) for name in config.rewards if name not in self._weights}
         self._monitored = Monitored(list(self._outages))
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: np.ndarray) -> Rewards:
         prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         scores: dict[str, Scores | None] = {}
         for name, reward in self._rewards.items():
             if name in self._weights:
                 with blamed(name):
-                    scores[name] = reward.score(rollout.images, texts, metadata)
+                    scores[name] = reward.score(images, texts, metadata)
                 continue
-            found = self._monitor(request.split, name, rollout.images, texts, metadata)
+            found = self._monitor(request.split, name, images, texts, metadata)
             if request.split == "eval":
                 scores[name] = found
             else:

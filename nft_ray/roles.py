@@ -3,8 +3,9 @@
 Every implementation runs through the contract tests in tests/test_roles.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from nft_ray.types import (
     RolloutRequest,
     UpdateResult,
 )
+
+Seen = Callable[[Any], None]
+"""Told of the reference to a rollout's images."""
 
 
 class TryAgainError(RuntimeError):
@@ -53,8 +57,12 @@ class Samplers(Protocol):
         """Give every worker this version; raises RuntimeError naming both values when a receipt does not match."""
         ...
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
-        """Draw the images (and, for split "train", the clean samples) with the named adapter and version."""
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
+        """Draw the images (and, for split "train", the clean samples) with the named adapter and version.
+
+        `seen` is given the images' reference as soon as they exist, while the samples are still computed; again, with
+        the same images, where the worker is lost meanwhile; not at all where the first thing that is known is the end.
+        """
         ...
 
     async def images(self, rollout: Rollout) -> np.ndarray:
@@ -65,11 +73,11 @@ class Samplers(Protocol):
 class Scorers(Protocol):
     """Every reward of the experiment, asked at once."""
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
-        """Scores of the rollout's images; what could not be had within deadline and retries is missing (NaN).
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
+        """Scores of the request's images (a reference); what could not be had within deadline and retries is missing.
 
-        Raises ObjectsLostError where the images are lost: that is no missing reward. Of a split "train" these are the
-        rewards that train; those that only monitor are asked beside it, and nobody waits for them.
+        Missing is NaN. Raises ObjectsLostError where the images are lost: that is no missing reward. Of a split "train"
+        these are the rewards that train; those that only monitor are asked beside it, and nobody waits for them.
         """
         ...
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from nft_ray.algorithms.base import build_algorithm
 from nft_ray.algorithms.batch import make_batch
@@ -28,10 +28,11 @@ from nft_ray.runs.folder import RunFolder
 from nft_ray.runs.health import Health, NotFiniteError
 from nft_ray.runs.metrics import read_metrics
 from nft_ray.runs.saving import Finished, Saving
-from nft_ray.types import Adapters, Batch, RolloutRequest, ScoredGroup, UpdateResult
+from nft_ray.types import Adapters, Batch, Rewards, Rollout, RolloutRequest, ScoredGroup, UpdateResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Trainer:
@@ -93,9 +94,9 @@ class Trainer:
                 while next_epoch < self.cfg.run.num_epochs and len(rollouts) <= self.cfg.run.max_staleness:
                     rollouts.append(asyncio.create_task(self.collect(next_epoch)))
                     next_epoch += 1
-                scored = await rollouts.popleft()  # oldest first; the others keep sampling
+                await asyncio.wait((rollouts[0],))  # oldest first; the others keep sampling
                 collected = time.perf_counter()
-                groups, batch, update = await self.update(scored)
+                groups, batch, update = await self.update(rollouts.popleft().result())
                 # the state first, in turns: it may need the devices that the samplers get then
                 finished, _ = await asyncio.gather(self.take_state(epoch + 1), self.load(update.adapters))
                 times = {"time/collect_s": collected - started, "time/epoch_s": time.perf_counter() - started}
@@ -192,14 +193,27 @@ class Trainer:
             self.tracker.log_progress(f"epoch {epoch + 1}: roll out and score", done, len(requests))
             return group
 
-        return await together([one(request) for request in requests])
+        return list(await together([one(request) for request in requests]))
 
     async def roll_out_and_score(self, request: RolloutRequest) -> ScoredGroup:
         """One group. A sample that is lost before it is scored is no missing reward."""
 
         async def drawn() -> ScoredGroup:
-            rollout = await self.samplers.rollout(request)
-            rewards = await self.scorers.score(request, rollout)
+            images: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+            def seen(reference: Any) -> None:
+                if not images.done():
+                    images.set_result(reference)
+
+            async def roll_out() -> Rollout:
+                rollout = await self.samplers.rollout(request, seen)
+                seen(rollout.images)
+                return rollout
+
+            async def score() -> Rewards:  # while the velocities are computed
+                return await self.scorers.score(request, await images)
+
+            rollout, rewards = await together((roll_out(), score()))
             return ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
 
         return await while_lost(drawn, self.cfg.sampler.max_attempts)
@@ -211,13 +225,15 @@ class Trainer:
             nonlocal groups
             batch = self.make_batch(groups)
             try:
-                return groups, batch, await self.learners.update(batch)
+                update = await self.learners.update(batch)
             except ObjectsLostError as lost:
                 gone = [group for group in groups if group.request.items[0].group_id in lost.group_ids]
                 again = await together([self.roll_out_and_score(group.request) for group in gone])
                 made = {id(old): new for old, new in zip(gone, again, strict=True)}
                 groups = [made.get(id(group), group) for group in groups]
                 raise
+            # what is kept of them are figures: the samples may leave the object store
+            return [replace(group, samples=None) for group in groups], replace(batch, shards=()), update
 
         return await while_lost(updated, self.cfg.sampler.max_attempts)
 
@@ -271,7 +287,15 @@ class Trainer:
             await self.saving.start(self.finished)
 
 
-async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+@overload
+async def together(work: tuple[Coroutine[Any, Any, T], Coroutine[Any, Any, U]]) -> tuple[T, U]: ...
+
+
+@overload
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]: ...
+
+
+async def together(work: Any) -> Any:
     """All results in order. The first failure cancels the rest and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -279,7 +303,7 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     except ExceptionGroup as failures:
         first = failures.exceptions[0]
         raise first from first.__cause__  # without the group, but with what it came from
-    return [task.result() for task in tasks]
+    return tuple(task.result() for task in tasks)
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -119,6 +119,15 @@ class FakeSamplerCore:
         )
         return info, images, samples
 
+    def draw(self, request: RolloutRequest) -> np.ndarray:
+        """As of a real core: in two calls."""
+        info, images, samples = self.rollout(request)
+        self._rest = info, samples
+        return images
+
+    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]:
+        return self._rest
+
     def _samples(self, seeds: np.ndarray, version: int) -> CleanSamples:
         latent = (4, self.config.model.height // 8, self.config.model.width // 8)
         num_times = self.config.sampler.num_times

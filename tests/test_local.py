@@ -10,7 +10,7 @@ import pytest
 from nft_ray.local import LocalScorers
 from nft_ray.rewards.base import Scores
 from nft_ray.roles import RewardError
-from nft_ray.types import Prompt, Rollout, RolloutInfo, RolloutItem, RolloutRequest
+from nft_ray.types import Prompt, RolloutItem, RolloutRequest
 from tests.fakes import fake_config
 
 
@@ -26,8 +26,6 @@ def test_a_reward_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     scorers = LocalScorers(fake_config())
     item = RolloutItem(group_id=0, prompt=Prompt(id=0, text="a"), seeds=(1, 2))
     request = RolloutRequest(epoch=0, items=(item,), adapter="old", policy_version=0, split="train")
-    info = RolloutInfo(epoch=0, policy_version=0, worker="w", seconds=0.0, num_bytes=0)
-    rollout = Rollout(info=info, images=np.zeros((2, 4, 4, 3), np.uint8), samples=None)
     with pytest.raises(RewardError, match=r"^reward \w+: KeyError: 'x' \(test_local\.py:\d+\)$") as raised:
-        asyncio.run(scorers.score(request, rollout))
+        asyncio.run(scorers.score(request, np.zeros((2, 4, 4, 3), np.uint8)))
     assert isinstance(raised.value.__cause__, KeyError)

@@ -1,13 +1,14 @@
 """What is lost with a node, in the loop with fakes: drawn and scored again, and the run is as if nothing had been."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.roles import ObjectsLostError, StateLostError
-from nft_ray.types import Adapters, Batch, Rewards, Rollout, RolloutRequest, UpdateResult
+from nft_ray.types import Adapters, Batch, Rewards, RolloutRequest, UpdateResult
 from tests.fakes import FakeLearnerCore
 from tests.test_trainer import World, config_for, policy, train
 
@@ -29,10 +30,10 @@ class LossyWorld(World):
             raise ObjectsLostError("weights of version 2 are lost")
         await super().load(adapters)
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         if request.epoch == 2 and self.lose("eval" if request.split == "eval" else "images"):
             raise ObjectsLostError("images are lost")
-        return await super().score(request, rollout)
+        return await super().score(request, images)
 
     async def update(self, batch: Batch) -> UpdateResult:
         if batch.epoch == 3 and self.lose("samples"):

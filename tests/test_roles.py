@@ -125,7 +125,8 @@ async def rollouts(roles: Roles, requests: list[RolloutRequest]) -> list[Rollout
 
 async def scores(roles: Roles, requests: list[RolloutRequest]) -> list[Rewards]:
     drawn = await rollouts(roles, requests)
-    return await asyncio.gather(*(roles.scorers.score(*pair) for pair in zip(requests, drawn, strict=True)))
+    asked = zip(requests, drawn, strict=True)
+    return await asyncio.gather(*(roles.scorers.score(request, rollout.images) for request, rollout in asked))
 
 
 def make_batch(drawn: list[Rollout], num_shards: int, epoch: int = 0) -> Batch:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
-from nft_ray.roles import Roles
+from nft_ray.roles import Roles, Seen
 from nft_ray.runs.folder import RunFolder
 from nft_ray.trainer import Trainer
 from nft_ray.types import (
@@ -56,7 +57,7 @@ class World:
         self.note(f"load {adapters.version}")
         verify(adapters, self.sampler.load(adapters, adapters.weights), "float32")
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         await asyncio.sleep(0)
         self.requests.append(request)
         self.note(f"{request.split} {request.epoch} with {request.adapter} {request.policy_version}")
@@ -66,9 +67,9 @@ class World:
     async def images(self, rollout: Rollout) -> np.ndarray:
         return rollout.images
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
-        scores = FakeReward().score(rollout.images, [p.text for p in prompts], [p.metadata for p in prompts])
+        scores = FakeReward().score(images, [p.text for p in prompts], [p.metadata for p in prompts])
         return assemble({"jpeg_compressibility": scores}, request.num_images, {"jpeg_compressibility": 1.0})
 
     def monitored(self, epoch: int) -> dict[int, dict[str, float]]:
@@ -120,10 +121,10 @@ class SickWorld(World):
         self.sick[batch.epoch] -= 1
         return dataclasses.replace(result, skipped_steps=1, culprits=(batch.shards[0][0].group_id,))
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         if request.epoch in self.flat:
-            rollout = dataclasses.replace(rollout, images=np.zeros_like(rollout.images))
-        return await super().score(request, rollout)
+            images = np.zeros_like(images)
+        return await super().score(request, images)
 
 
 class Diary:
@@ -295,6 +296,62 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     world, tracker = train(config_for(), tmp_path)
     assert tracker.epochs == []
     assert not [r for r in world.requests if r.split == "train"]
+
+
+class Streaming(World):
+    """Its clean samples wait until its images are scored."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        self.scored = asyncio.Semaphore(0)
+
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
+        rollout = await super().rollout(request)
+        if seen is not None:
+            seen(rollout.images)
+            seen(np.zeros_like(rollout.images))  # a second time, of a worker that replaces another: no news
+            await self.scored.acquire()
+        return rollout
+
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
+        self.scored.release()
+        return await super().score(request, images)
+
+
+def test_images_are_scored_while_their_samples_are_computed(tmp_path: Path) -> None:
+    config = fake_config(learner={"num_workers": 1})
+    straight, _ = train(config, tmp_path / "straight")
+    streamed = Streaming(config)
+    train(config, tmp_path / "streamed", world=streamed)
+    np.testing.assert_array_equal(policy(streamed), policy(straight))
+
+
+class Watched(World):
+    """Remembers the samples of its rollouts by weak references, and how many there are when an epoch is published."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        self.drawn: list[weakref.ref[np.ndarray]] = []
+        self.alive: list[int] = []
+
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
+        rollout = await super().rollout(request)
+        if request.split == "train":
+            self.drawn.append(weakref.ref(rollout.samples.x0))
+        return rollout
+
+    async def load(self, adapters: Adapters) -> None:
+        self.alive.append(sum(samples() is not None for samples in self.drawn))
+        await super().load(adapters)
+
+
+def test_samples_are_gone_once_they_are_learnt(tmp_path: Path) -> None:
+    """They are most of what the object store holds."""
+    config = fake_config(learner={"num_workers": 1}, run={"num_epochs": 3})
+    world = Watched(config)
+    train(config, tmp_path, world=world)
+    assert len(world.drawn) == 12
+    assert world.alive == [0] * len(world.alive)
 
 
 def test_a_failing_rollout_is_raised_as_itself_and_leaves_no_task_behind(tmp_path: Path) -> None:

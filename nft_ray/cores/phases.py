@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nft_ray.roles import Learners, Samplers
+from nft_ray.roles import Learners, Samplers, Seen
 from nft_ray.types import Adapters, Batch, LearnerState, Rollout, RolloutRequest, UpdateResult
 
 
@@ -81,9 +81,9 @@ class AlternatingSamplers:
         async with self._phases.of(self._samplers, self._learners):
             await self._samplers.load(adapters)
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         async with self._phases.of(self._samplers, self._learners):
-            return await self._samplers.rollout(request)
+            return await self._samplers.rollout(request, seen)
 
     async def images(self, rollout: Rollout) -> np.ndarray:
         return await self._samplers.images(rollout)  # host memory: no device is needed

@@ -10,6 +10,7 @@ made of that is the driver's to decide, and its neighbours are as good as ever.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,17 @@ from nft_ray.types import (
 )
 
 
+class _Drawn(NamedTuple):
+    """What `draw` leaves to `clean`: x0 and conditioning on the device; `bad`: bool (N,), whose x0 was not finite."""
+
+    request: RolloutRequest
+    x0: torch.Tensor
+    conditioning: Conditioning
+    bad: np.ndarray
+    num_bytes: int
+    seconds: float
+
+
 class SamplerCore:
     """A frozen model on one device and the adapter versions that requests may name."""
 
@@ -59,6 +71,7 @@ class SamplerCore:
         self._parking = Parking(lambda: tensors_of(self.model.modules()), self.device)
         self._versions: dict[int, AdapterWeights] = {}
         self._loaded: tuple[Adapter, int] | None = None
+        self._drawn: _Drawn | None = None
         self._null = self.model.encode([""]) if max(config.sampler.guidance, config.evaluation.guidance) > 1 else None
 
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
@@ -84,10 +97,16 @@ class SamplerCore:
     def wake(self) -> None:
         self._parking.wake()
 
-    @torch.no_grad()
     def rollout(self, request: RolloutRequest) -> tuple[RolloutInfo, np.ndarray, CleanSamples | None]:
         """Images uint8 (N, H, W, 3) of all items in order and, for split "train" (one item), their clean samples."""
-        started = time.perf_counter()
+        images = self.draw(request)
+        info, samples = self.clean()
+        return info, images, samples
+
+    @torch.no_grad()
+    def draw(self, request: RolloutRequest) -> np.ndarray:
+        """The images alone: they can be scored while `clean`, the next call, computes the velocities."""
+        started, self._drawn = time.perf_counter(), None
         self._use(request.adapter, request.policy_version)
         settings = self.config.sampler if request.split == "train" else self.config.evaluation
         conditioning = self.model.encode([item.prompt.text for item in request.items])
@@ -99,18 +118,28 @@ class SamplerCore:
         size = self.config.sampler.decode_batch_size or self.config.sampler.micro_batch_size
         parts = [self._copies.download(self.model.decode(part)) for part in x0.split(size)]
         bad = self._copies.download(~finite)
-        samples = self._clean_samples(x0, conditioning, request) if request.split == "train" else None
         images = np.concatenate([part() for part in parts])
-        non_finite = bad() if samples is None else _cleared(samples, bad())
-        info = RolloutInfo(
+        seconds = time.perf_counter() - started
+        self._drawn = _Drawn(request, x0, conditioning, bad(), images.nbytes, seconds)
+        return images
+
+    @torch.no_grad()
+    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]:
+        """The clean samples of what `draw` drew last, once; None of a split without training."""
+        drawn, self._drawn, started = self._drawn, None, time.perf_counter()
+        assert drawn is not None, "nothing was drawn"
+        request, non_finite, samples = drawn.request, drawn.bad, None
+        if request.split == "train":
+            samples = self._clean_samples(drawn.x0, drawn.conditioning, request)
+            non_finite = _cleared(samples, non_finite)
+        return RolloutInfo(
             epoch=request.epoch,
             policy_version=request.policy_version,
             worker=self.worker,
-            seconds=time.perf_counter() - started,
-            num_bytes=images.nbytes + (samples.nbytes if samples else 0),
+            seconds=drawn.seconds + time.perf_counter() - started,
+            num_bytes=drawn.num_bytes + (samples.nbytes if samples else 0),
             non_finite=tuple(np.flatnonzero(non_finite).tolist()),
-        )
-        return info, images, samples
+        ), samples
 
     def _chunks(self, count: int, size: int) -> Iterator[tuple[torch.Tensor, int]]:
         """Row numbers i64 in parts of `size`, and how many of each part count.

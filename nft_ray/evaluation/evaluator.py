@@ -71,7 +71,7 @@ async def evaluate(
 
         async def drawn() -> tuple[RolloutInfo, Rewards]:
             rollout = await roles.samplers.rollout(request)
-            rewards = await roles.scorers.score(request, rollout)
+            rewards = await roles.scorers.score(request, rollout.images)
             wanted = [i for i, item in enumerate(request.items) if item.prompt.id in pictures]
             if wanted:
                 images = await roles.samplers.images(rollout)

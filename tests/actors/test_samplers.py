@@ -13,13 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
 from ray.exceptions import ActorDiedError, OutOfDiskError, OwnerDiedError
 
 from actors import seats
-from actors.samplers import SamplerPool, check_card, room, shrunk
+from actors.samplers import SamplerFactory, SamplerPool, check_card, room, shrunk
 from nft_ray.config import ExperimentConfig
 from nft_ray.failures import device_failure
 from nft_ray.roles import ObjectsLostError
@@ -48,10 +49,25 @@ class CardSamplerCore(FakeSamplerCore):
         return super().rollout(request)
 
 
+class SlowSamplerCore(FakeSamplerCore):
+    """Its clean samples take until there is a file `on`."""
+
+    def __init__(self, folder: Path, config: ExperimentConfig, worker: str) -> None:
+        super().__init__(config, worker)
+        self.folder = folder
+
+    def clean(self) -> Any:
+        while not (self.folder / "on").exists():
+            time.sleep(0.01)
+        return super().clean()
+
+
 @asynccontextmanager
-async def serving(config: ExperimentConfig, folder: Path, fits: int = 10**6) -> AsyncIterator[SamplerPool]:
+async def serving(
+    config: ExperimentConfig, folder: Path, fits: int = 10**6, core: SamplerFactory | None = None
+) -> AsyncIterator[SamplerPool]:
     """A pool that has loaded version 0."""
-    pool = SamplerPool(config, partial(CardSamplerCore, folder, fits))
+    pool = SamplerPool(config, core or partial(CardSamplerCore, folder, fits))
     try:
         await pool.start()
         ((adapters, weights),) = FakeLearnerCore(config).adapters()
@@ -87,6 +103,20 @@ def config(**sampler: Any) -> ExperimentConfig:
 
 class TestOnRay:
     pytestmark = on_ray
+
+    def test_images_are_there_before_the_samples(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with serving(config(), tmp_path, core=partial(SlowSamplerCore, tmp_path)) as pool:
+                images: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                request = fake_request(0, 3)
+                rollout = asyncio.create_task(pool.rollout(request, images.set_result))
+                early = await (await images)
+                assert not rollout.done()
+                (tmp_path / "on").touch()
+                np.testing.assert_array_equal(early, await pool.images(await rollout))
+                assert early[:, 0, 0, 0].tolist() == list(request.items[0].seeds)
+
+        asyncio.run(main())
 
     def test_a_card_that_is_too_small_gets_smaller_pieces(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

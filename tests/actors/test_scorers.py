@@ -16,7 +16,7 @@ import pytest
 
 from nft_ray.rewards.outage import Outage
 from nft_ray.roles import ObjectsLostError
-from nft_ray.types import Rewards, Rollout, RolloutInfo, RolloutRequest
+from nft_ray.types import Rewards, RolloutRequest
 from tests.conftest import LocalRay
 from tests.deployments.sglang_folder import is_alive, until
 from tests.fakes import MONITOR, MortalRewards, fake_config, fake_request
@@ -48,7 +48,7 @@ class Plane:
         """The images of a request hold its seeds, as those of a FakeSamplerCore."""
 
         async def all_of_them() -> list[Rewards]:
-            return await asyncio.gather(*(self.scorers.score(one, rollout(one)) for one in requests))
+            return await asyncio.gather(*(self.scorers.score(one, images_of(one)) for one in requests))
 
         return self(all_of_them())
 
@@ -85,13 +85,12 @@ def right(request: RolloutRequest) -> np.ndarray:
     return np.array([seed % 251 for item in request.items for seed in item.seeds], dtype=np.uint8)
 
 
-def rollout(request: RolloutRequest) -> Rollout:
+def images_of(request: RolloutRequest) -> Any:
     import ray
 
     images = np.empty((request.num_images, 32, 32, 3), np.uint8)
     images[:] = right(request).reshape(-1, 1, 1, 1)
-    info = RolloutInfo(epoch=request.epoch, policy_version=0, worker="w", seconds=0.0, num_bytes=0)
-    return Rollout(info=info, images=ray.put(images), samples=None)
+    return ray.put(images)
 
 
 def test_a_replica_killed_with_work_in_flight_loses_no_score(plane: Plane) -> None:
@@ -168,7 +167,7 @@ def test_lost_images_are_no_missing_reward(plane: Plane) -> None:
         (images,) = await owner.images.remote()
         ray.kill(owner)
         until(lambda: is_lost(images))
-        await plane.scorers.score(request, dataclasses.replace(rollout(request), images=images))
+        await plane.scorers.score(request, images)
 
     missing = dict(plane.scorers.num_missing)
     with pytest.raises(ObjectsLostError, match=f"^reward {REWARD}: the images are lost: "):

@@ -22,7 +22,7 @@ from nft_ray.rewards.combine import assemble
 from nft_ray.roles import Roles, Samplers
 from nft_ray.runs.folder import RunFolder
 from nft_ray.trainer import Trainer
-from nft_ray.types import Rewards, Rollout, RolloutRequest
+from nft_ray.types import Rewards, RolloutRequest
 from tests.fakes import FakeLearnerCore, FakeReward, FakeSamplerCore, fake_config
 from tests.test_trainer import LINES, Diary, policy, train
 
@@ -61,9 +61,9 @@ class NodeKillingScorers:
         self.epoch, self.left = epoch, num_groups
         self.scored: list[RolloutRequest] = []
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         self.scored.append(request)
-        images = await self.samplers.images(rollout)
+        images = await images
         prompts = [item.prompt for item in request.items for _ in range(item.num_images)]
         scores = FakeReward().score(images, [p.text for p in prompts], [p.metadata for p in prompts])
         if request.split == "train" and request.epoch == self.epoch:

@@ -134,7 +134,7 @@ async def main():
         kept = []
         for request in epoch_requests(train, config, epoch=0, policy_version=0):
             rollout = await roles.samplers.rollout(request)
-            kept.append((rollout, await roles.scorers.score(request, rollout)))
+            kept.append((rollout, await roles.scorers.score(request, rollout.images)))
         print("spilled")
 
 quiet()

@@ -251,15 +251,13 @@ def test_what_is_shared_goes_with_its_last_user(plane: str, port: int) -> None:
 
 def test_two_jobs_use_one_application(plane: str, port: int) -> None:
     from actors.scorers import ServeScorers
-    from nft_ray.types import Rollout, RolloutInfo
     from tests.fakes import fake_request
 
     async def both() -> list[Any]:
         jobs = [ServeScorers(config(port, attach=True), {REWARD: SHARED}) for _ in range(2)]
         request = fake_request()
-        info = RolloutInfo(epoch=0, policy_version=0, worker="w", seconds=0.0, num_bytes=0)
-        rollouts = [Rollout(info=info, images=np.full((3, 8, 8, 3), i, np.uint8), samples=None) for i in (4, 6)]
-        found = await asyncio.gather(*(job.score(request, one) for job, one in zip(jobs, rollouts, strict=True)))
+        images = [np.full((3, 8, 8, 3), i, np.uint8) for i in (4, 6)]
+        found = await asyncio.gather(*(job.score(request, one) for job, one in zip(jobs, images, strict=True)))
         for job in jobs:
             await job.close()
         return found

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nft_ray.evaluation.results import EvaluationFolder
 from nft_ray.prompts.draw import PromptSet, evaluation_requests
 from nft_ray.rewards.base import Scores
 from nft_ray.rewards.combine import assemble
-from nft_ray.roles import EvaluationRoles
+from nft_ray.roles import EvaluationRoles, Seen
 from nft_ray.types import Adapters, Prompt, Rewards, Rollout, RolloutInfo, RolloutRequest
 from tests.fakes import fake_config
 
@@ -49,7 +50,7 @@ class Plane:
 
     async def load(self, adapters: Adapters) -> None: ...
 
-    async def rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         self.now += 1
         self.most = max(self.most, self.now)
         lines = [item.prompt.id for item in request.items]
@@ -63,7 +64,7 @@ class Plane:
     async def images(self, rollout: Rollout) -> np.ndarray:
         return np.asarray(rollout.images)
 
-    async def score(self, request: RolloutRequest, rollout: Rollout) -> Rewards:
+    async def score(self, request: RolloutRequest, images: Any) -> Rewards:
         lines = [item.prompt.id for item in request.items]
         await asyncio.sleep(0.001)
         self.now -= 1

@@ -55,11 +55,11 @@ def not_finite(method: Method) -> Method:
     """One velocity of one sample is NaN: so is the gradient of its optimizer step."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        info, images, samples = method(*args, **kwargs)
+        info, samples = method(*args, **kwargs)
         if samples is not None and taken("velocity-nan"):
             samples.v_old.setflags(write=True)
             samples.v_old[0] = float("nan")
-        return info, images, samples
+        return info, samples
 
     return call
 
@@ -81,8 +81,8 @@ def scores(method: Method) -> Method:
 
 PATCHES: dict[str, tuple[tuple[str, str, Callable[[Method], Method]], ...]] = {
     "nft_ray.cores.sampler": (
-        ("SamplerCore", "rollout", not_finite),
-        ("SamplerCore", "rollout", out_of_memory("sampler")),
+        ("SamplerCore", "clean", not_finite),
+        ("SamplerCore", "draw", out_of_memory("sampler")),
     ),
     "nft_ray.cores.learner": (("LearnerCore", "update", out_of_memory("learner")),),
     "nft_ray.rewards.geneval": (("GenEval", "score", scores), ("GenEval", "score", out_of_memory("reward"))),
