@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("chaos")
+            item.add_marker(pytest.mark.timeout(900))  # five injections, on a machine that does other things, too
 
 
 def pytest_sessionstart() -> None:
