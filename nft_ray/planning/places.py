@@ -2,7 +2,7 @@
 
 Rewards come first, for they are deployed first: Serve gives replica after replica to the next node that has room. Then
 the bundles of the learners (colocated: of a sampler with its learner), packed onto as few nodes as they fit; then the
-samplers. A part of a GPU is of one card, the fullest that has room for it. A worker without a GPU has a core of its own.
+samplers. A part of a GPU is of one card, the fullest that has room for it. A worker without a GPU has a core to itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +114,7 @@ class _Room:
             if wanted % UNIT:
                 fits = [(left, card) for card, left in enumerate(free) if left >= wanted]
                 if fits and wanted < UNIT:
-                    left, card = min(fits)
+                    _, card = min(fits)
                     free[card] -= wanted
                     return Seat(node, node * self._nodes.cards + card)
             elif free.count(UNIT) * UNIT >= wanted:

@@ -73,7 +73,7 @@ def simulate(
     num_lines: int = 0,
     system: System | None = None,
 ) -> Run:
-    """The first `epochs` epochs of a run, each with an evaluation of `num_lines` lines where `evaluate_after` has it."""
+    """The first `epochs` epochs of a run, and an evaluation of `num_lines` lines after those that are named."""
     return _Epochs(config, work, seats, system or System(), epochs, evaluate_after, num_lines).run()
 
 

@@ -1,6 +1,7 @@
 """An epoch whose seconds can be added up by hand, and what holds for any."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -224,7 +225,7 @@ def test_a_sampler_draws_one_request_at_a_time_and_nothing_overlaps_on_it(shape,
 
     for role, worker in Counter((span.role, span.worker) for span in run.spans):
         spans = sorted((span.start, span.end) for span in run.spans if (span.role, span.worker) == (role, worker))
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in pairwise(spans):
             assert start >= end - 1e-9, (role, worker)
 
 
