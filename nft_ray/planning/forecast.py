@@ -135,7 +135,7 @@ def busy(spans: Collection[Span], seats: Seats, start: float, end: float) -> dic
     worked = dict.fromkeys(counts, 0.0)
     for span in spans:
         inside = min(span.end, end) - max(span.start, start)
-        if inside > 0:
+        if inside > 0 and span.what not in ("park", "wake"):
             worked[span.role] += span.work_s * inside / (span.end - span.start)
     return {role: seconds / (counts[role] * (end - start)) for role, seconds in worked.items()}
 
