@@ -6,7 +6,7 @@ the run is the sum of its stages, with the evaluations that their settings ask f
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.planning.bounds import Bound, bound_of
@@ -54,6 +54,11 @@ class Forecast:
         """The best checkpoint, those that are kept, and the one that is being written."""
         return self.checkpoint * (self.config.run.keep_checkpoints + 2)
 
+    def over(self, stage: ExperimentConfig, first_epoch: int) -> "Forecast":
+        """Of another stage, which differs only in when it begins and ends."""
+        epochs, counted = stage.run.num_epochs - first_epoch, evaluations(stage, first_epoch)
+        return replace(self, config=stage, epochs=epochs, evaluations=counted)
+
 
 def forecast(
     config: ExperimentConfig,
@@ -63,15 +68,18 @@ def forecast(
     num_lines: int,
     first_epoch: int = 0,
     system: System | None = None,
+    averaged: int = AVERAGED,
 ) -> Forecast:
     """Of the epochs after `first_epoch`; `num_lines`: what an evaluation draws."""
     stale = config.run.max_staleness
-    first, last = 1 + stale, stale + AVERAGED  # the epochs that count, from 0
+    first, last = 1 + stale, stale + averaged  # the epochs that count, from 0
     epochs = last + 1 + stale
-    run = simulate(config, work, seats, epochs=epochs, system=system)
-    evaluated = simulate(
-        config, work, seats, epochs=epochs, evaluate_after={first + 1}, num_lines=num_lines, system=system
-    )
+    run = evaluated = simulate(config, work, seats, epochs=epochs, system=system)
+    if num_lines:
+        when = {first + 1}
+        evaluated = simulate(
+            config, work, seats, epochs=epochs, evaluate_after=when, num_lines=num_lines, system=system
+        )
     start, end = run.ends[first - 1], run.ends[first]
     spans = [span for span in run.spans if span.epoch == first + 1]
     checkpoint = work.adapter_bytes // 2 * (COPIES + 2 * (stale + 1))
@@ -162,7 +170,7 @@ def card_bytes(config: ExperimentConfig, footprint: Footprint, seats: Seats) -> 
             on.setdefault(seat.card, []).append(role)
     found = {}
     for card, roles in on.items():
-        workers = [getattr(footprint, role) for role in roles if role in ("sampler", "learner")]
+        sides = [roles.count("sampler") * footprint.sampler, roles.count("learner") * footprint.learner]
         rewards = sum(footprint.rewards.get(role, 0) for role in roles if role not in ("sampler", "learner"))
-        found[card] = ((max(workers, default=0) if colocated else sum(workers)) + rewards, tuple(roles))
+        found[card] = ((max(sides) if colocated else sum(sides)) + rewards, tuple(roles))
     return found
