@@ -14,20 +14,11 @@ is a ValueError with both numbers; what is only slower, or expected, is a warnin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
-
-import numpy as np
 
 from actors.placement import needs
-from nft_ray.algorithms.base import build_algorithm
 from nft_ray.config import ExperimentConfig
-from nft_ray.flow.times import reference_times
-from nft_ray.models.base import sizes
-from nft_ray.models.lora import num_trained
+from nft_ray.planning.payloads import payloads
 
-FLOAT, TIME_AND_SEED, INDEX = 4, 4 + 8, 8
-COPIES = 2 + 2
-"""Of what is trained, in a state: policy and EMA, two moments; and per version an old policy and an EMA."""
 SPARE = 0.05
 """Of a disk: past 95 % Ray calls it full (RAY_local_fs_capacity_threshold)."""
 GIB = 2**30
@@ -60,25 +51,16 @@ class Stores:
 
 def footprint(config: ExperimentConfig) -> Footprint | None:
     """None where the model's configuration is not at hand, such as a Hub that cannot be reached."""
-    known, trained = sizes(config.model), num_trained(config.model)
-    if known is None or trained is None:
+    sent = payloads(config)
+    if sent is None:
         return None
-    num_images, num_times = config.prompts.images_per_group, config.sampler.num_times
-    asked, latent = build_algorithm(config.algorithm).needs, prod(known.latent_shape)
-    num_ref = reference_times(num_times, asked.reference, [0]).shape[1] if asked.reference else 0
-    num_velocities = num_ref + (num_times if asked.old else 0)
-    velocity = latent * np.dtype(config.sampler.velocity_dtype).itemsize
-    sample = latent * FLOAT + num_times * TIME_AND_SEED + num_ref * INDEX + num_velocities * velocity
-    group = num_images * sample + known.conditioning * FLOAT
-    images = num_images * config.model.height * config.model.width * 3
-    versions = config.run.max_staleness + 1
-    checkpoint = trained * FLOAT * (COPIES + 2 * versions)
-    groups = config.prompts.groups_per_epoch
+    num_images, groups = config.prompts.images_per_group, config.prompts.groups_per_epoch
+    group, images = num_images * sent.sample + sent.conditioning, num_images * sent.image
     return Footprint(
         group=group,
         images=images,
-        epoch=groups * (group * versions + images) + checkpoint,
-        checkpoint=checkpoint,
+        epoch=groups * (group * (config.run.max_staleness + 1) + images) + sent.checkpoint,
+        checkpoint=sent.checkpoint,
     )
 
 

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from nft_ray.cli import data, rewards
+from nft_ray.cli import data, profile, rewards
 from nft_ray.cli.failures import INTERRUPTED, explained, quiet
 from nft_ray.cli.place import PREEMPTED, Interrupted
 from nft_ray.config import masked_text
 
-LIGHT = {"rewards": rewards.rewards, "data": data.data}
-"""Commands that start without torch."""
+LIGHT = {"rewards": rewards.rewards, "data": data.data, "profile": profile.profile}
+"""Commands that start without torch, or import it themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field")
     rewards.add_parser(commands)
     data.add_parser(commands)
+    profile.add_parser(commands)
     return root
 
 

@@ -27,10 +27,13 @@ NOT_FAMILIES = {"base", "conditioning", "full", "lora", "lora_files", "parts", "
 
 
 class Sizes(NamedTuple):
-    """What is known of a model before it is loaded. `conditioning`: numbers that one prompt becomes."""
+    """What is known of a model before it is loaded. `conditioning`: numbers that one prompt becomes; `tokens`: rows of
+    its text features.
+    """
 
     latent_shape: tuple[int, int, int]
     conditioning: int
+    tokens: int
 
 
 class FlowModel(Protocol):
@@ -89,6 +92,11 @@ class Family(Protocol):
     @staticmethod
     def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> FlowModel:
         """The frozen pipeline in `config.dtype`."""
+        ...
+
+    @staticmethod
+    def empty(config: ModelConfig, folder: Path) -> FlowModel:
+        """The same without weights, VAE or text encoders, on the meta device: to count what it takes."""
         ...
 
     @staticmethod

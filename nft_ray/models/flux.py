@@ -167,7 +167,8 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
     transformer, factor = read_json(folder / "transformer" / "config.json"), _factor(folder)
     shape = (transformer["in_channels"] // 4, config.height // factor, config.width // factor)
     width, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
-    return Sizes(latent_shape=shape, conditioning=config.max_sequence_length * width + pooled)
+    tokens = config.max_sequence_length
+    return Sizes(latent_shape=shape, conditioning=tokens * width + pooled, tokens=tokens)
 
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Flux:
@@ -184,6 +185,15 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
     vae.to(memory_format=torch.channels_last)
     return Flux(transformer, scheduler, shape, guidance, vae, conditioner(config, folder, device))
+
+
+def empty(config: ModelConfig, folder: Path) -> Flux:
+    """The shapes alone, on the meta device."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
+    transformer = transformer.to(getattr(torch, config.dtype)).requires_grad_(False).eval()
+    scheduler, shape = FlowMatchEulerDiscreteScheduler(), sizes(config, folder).latent_shape
+    return Flux(transformer, scheduler, shape, DISTILLED_GUIDANCE, None, None)
 
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:

@@ -107,7 +107,7 @@ def merged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str,
     It returns the number of LoRA tensors it used. The pristine weights are kept aside (the targets' only, in their own
     dtype), every merge starts there, is computed in float32 and rounded once.
     """
-    layers = _layers(transformer, config, targets)
+    layers = target_layers(transformer, config, targets)
     for module in layers.values():  # a buffer: it is parked with the model, and never saved
         module.register_buffer("pristine", module.weight.detach().clone(), persistent=False)
 
@@ -145,7 +145,9 @@ class LinearBeside(torch.nn.Module):
 
 def unmerged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> Hold:
     """Like `merged`, but the weights stay as they are and every target layer gets its LoRA beside it, in place."""
-    layers = {name: LinearBeside(layer, config.rank) for name, layer in _layers(transformer, config, targets).items()}
+    layers = {
+        name: LinearBeside(layer, config.rank) for name, layer in target_layers(transformer, config, targets).items()
+    }
     for name, module in layers.items():
         transformer.set_submodule(name, module)
 
@@ -165,7 +167,9 @@ def unmerged(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[st
     return use
 
 
-def _layers(transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
+def target_layers(
+    transformer: torch.nn.Module, config: LoraConfig, targets: tuple[str, ...]
+) -> dict[str, torch.nn.Linear]:
     endings = tuple(f".{target}" for target in config.targets or targets)
     found = {name: module for name, module in transformer.named_modules() if f".{name}".endswith(endings)}
     return {name: module for name, module in found.items() if isinstance(module, torch.nn.Linear)}
@@ -204,7 +208,7 @@ def num_trained(config: ModelConfig) -> int | None:
         return None
     if config.tuning == "full":
         return sum(parameter.numel() for parameter in transformer.parameters())
-    layers = _layers(transformer, config.lora, family(config).LORA_TARGETS).values()
+    layers = target_layers(transformer, config.lora, family(config).LORA_TARGETS).values()
     return config.lora.rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 

@@ -129,7 +129,7 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
     transformer, factor = read_json(folder / "transformer" / "config.json"), _factor(folder)
     shape = (transformer["in_channels"], config.height // factor, config.width // factor)
     tokens = config.max_sequence_length
-    return Sizes(latent_shape=shape, conditioning=tokens * transformer["caption_channels"] + tokens)
+    return Sizes(latent_shape=shape, conditioning=tokens * transformer["caption_channels"] + tokens, tokens=tokens)
 
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> Sana:
@@ -144,6 +144,14 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
 
     vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
     return Sana(transformer, scheduler, shape, vae, conditioner(config, folder, device))
+
+
+def empty(config: ModelConfig, folder: Path) -> Sana:
+    """The shapes alone, on the meta device."""
+    with torch.device("meta"):
+        transformer = SanaTransformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
+    transformer = transformer.to(getattr(torch, config.dtype)).requires_grad_(False).eval()
+    return Sana(transformer, DPMSolverMultistepScheduler(), sizes(config, folder).latent_shape, None, None)
 
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:

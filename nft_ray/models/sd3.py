@@ -146,7 +146,7 @@ def sizes(config: ModelConfig, folder: Path) -> Sizes:
     tokens = read_json(clip)["max_position_embeddings"] if clip.is_file() else CLIP_TOKENS
     tokens += config.max_sequence_length
     width, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
-    return Sizes(latent_shape=shape, conditioning=tokens * width + pooled)
+    return Sizes(latent_shape=shape, conditioning=tokens * width + pooled, tokens=tokens)
 
 
 def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer_only: bool) -> SD3:
@@ -162,6 +162,14 @@ def load(config: ModelConfig, folder: Path, device: torch.device, *, transformer
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype).to(device).requires_grad_(False).eval()
     vae.to(memory_format=torch.channels_last)
     return SD3(transformer, scheduler, shape, vae, conditioner(config, folder, device))
+
+
+def empty(config: ModelConfig, folder: Path) -> SD3:
+    """The shapes alone, on the meta device."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
+    transformer = transformer.to(getattr(torch, config.dtype)).requires_grad_(False).eval()
+    return SD3(transformer, FlowMatchEulerDiscreteScheduler(), sizes(config, folder).latent_shape, None, None)
 
 
 def load_text(config: ModelConfig, folder: Path, dtype: torch.dtype) -> _Text:

@@ -7,6 +7,7 @@ layers in training (hence the gaps in the file's numbering) and is nothing here.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import Cost, MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.clipscore import MODEL, image_files
+from nft_ray.rewards.clipscore import cost as clipscore_cost
 from nft_ray.rewards.weights import require, weights_root
 
 HEAD = "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth"
@@ -80,6 +82,11 @@ def load_head(path: Path, dim: int) -> Any:
 def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published files: CLIP ViT-L/14 without its tokenizer, and the head."""
     return (*image_files(), PublishedFile(path=HEAD, url=HEAD_URL, sha256=HEAD_SHA256, mib=3.5))
+
+
+def cost(config: Config) -> Cost:
+    """Of one image: CLIPScore's image encoder, the head is nothing beside it."""
+    return replace(clipscore_cost(config), prompt_flops=0.0)
 
 
 def build(config: Config) -> Reward:

@@ -8,6 +8,7 @@ A reward is ONE module of this package, `nft_ray/rewards/NAME.py`, that defines
 and, where they apply,
 
     def files(config: Config) -> tuple[PublishedFile, ...]        the published files that it loads
+    def cost(config: Config) -> Cost                                                  what an image takes, for a plan
     def check_line(prompt: str, metadata: Mapping, config: Config | None) -> None     ValueError where it cannot score
                                       such a prompt: asked of every line of the experiment before anything starts; None
                                       where the section is not known, for a reward that is deployed
@@ -60,6 +61,22 @@ class Scores:
 
     values: np.ndarray
     details: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What scoring one image of 512 x 512 takes; `source` says how that is known.
+
+    parameters: numbers held by the model; flops: of one image; prompt_flops: once per prompt; activation_bytes: of one
+    image of a micro-batch, in float32; host_s: seconds of one core besides (reading, resizing, judging).
+    """
+
+    source: str
+    parameters: int = 0
+    flops: float = 0.0
+    prompt_flops: float = 0.0
+    activation_bytes: int = 0
+    host_s: float = 0.0
 
 
 class Reward(Protocol):
@@ -180,6 +197,13 @@ def reward_files(name: str, config: RewardConfig) -> tuple[PublishedFile, ...]:
     """The published files that this reward loads; none for one that needs no weights."""
     module = _module(name)
     found: tuple[PublishedFile, ...] = module.files(config) if hasattr(module, "files") else ()
+    return found
+
+
+def reward_cost(name: str, config: RewardConfig) -> Cost | None:
+    """What an image takes; None where the reward does not say."""
+    module = _module(name)
+    found: Cost | None = module.cost(config) if hasattr(module, "cost") else None
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nft_ray.downloads.published import PublishedFile
-from nft_ray.rewards.base import MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
+from nft_ray.rewards.base import Cost, MemoryGib, Reward, Scores, TorchRewardConfig, check_batch
 from nft_ray.rewards.weights import require, weights_root
 
 ARCHITECTURE = "ViT-H-14"
@@ -65,6 +65,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def files(config: Config) -> tuple[PublishedFile, ...]:
     """The published file; the tokenizer comes with open_clip."""
     return (PublishedFile(path=CHECKPOINT, mib=1881),)
+
+
+def cost(config: Config) -> Cost:
+    """Of one image: PickScore's model, but the device resizes."""
+    return Cost(
+        parameters=986_109_441,
+        flops=334.6e9,
+        prompt_flops=47.1e9,
+        activation_bytes=15_800_000,
+        host_s=0.0005,
+        source="CLIP ViT-H/14: counted (tests/planning/test_scoring.py); 786 KB of pixels to the device",
+    )
 
 
 def build(config: Config) -> Reward:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
-from nft_ray.rewards.jpeg_incompressibility import jpeg_kilobytes
+from nft_ray.rewards.base import Cost, Reward, RewardConfig, Scores, check_batch
+from nft_ray.rewards.jpeg_incompressibility import jpeg_cost, jpeg_kilobytes
 
 KILOBYTES_PER_POINT = 500
 
@@ -26,6 +26,11 @@ class JpegCompressibility:
         """See Reward.score."""
         check_batch(images, prompts, metadata)
         return Scores(values=-jpeg_kilobytes(images) / np.float32(KILOBYTES_PER_POINT))
+
+
+def cost(config: RewardConfig) -> Cost:
+    """Of one image: its JPEG."""
+    return jpeg_cost()
 
 
 def build(config: Config) -> Reward:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nft_ray.rewards.base import Reward, RewardConfig, Scores, check_batch
+from nft_ray.rewards.base import Cost, Reward, RewardConfig, Scores, check_batch
 
 JPEG_QUALITY = 95
 
@@ -26,6 +26,16 @@ class JpegIncompressibility:
         """See Reward.score."""
         check_batch(images, prompts, metadata)
         return Scores(values=jpeg_kilobytes(images))
+
+
+def cost(config: RewardConfig) -> Cost:
+    """Of one image: its JPEG."""
+    return jpeg_cost()
+
+
+def jpeg_cost() -> Cost:
+    """Of writing one JPEG."""
+    return Cost(host_s=0.0008, source="benchmarks/results/rewards.json, 19.2 ms for 24 of 512 px")
 
 
 def build(config: Config) -> Reward:
