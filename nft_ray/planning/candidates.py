@@ -21,8 +21,6 @@ NEAR = 1
 """Cards around the balance that are looked at on either side."""
 LITTLE_S = 1.0
 """Of an epoch: a reward that takes less on one CPU needs no second one."""
-SPARE = 1.1
-"""Replicas without a GPU, beyond what keeps up with the samplers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,13 +200,15 @@ def _collect(config: ExperimentConfig, needs: Demand, samplers: int, cards: int,
 
 
 def _on_cpus(config: ExperimentConfig, needs: Demand, samplers: int) -> dict[str, Any]:
-    """Replicas of rewards without a GPU: as many as keep up with the samplers, whose groups end at the same moments."""
-    changes = {}
+    """Replicas of rewards without a GPU: as many as the samplers' groups, which end at the same moments, ask for at
+    once until they are scored.
+    """
+    changes, groups = {}, config.prompts.groups_per_epoch
     for name, seconds in needs.rewards.items():
         section = config.reward_configs[name]
-        if name not in needs.gpu and section.autoscaling is None:
-            keeps_up = math.ceil(SPARE * seconds * samplers / max(needs.draw, 1e-9) - 1e-9)
-            wanted = min(max(samplers, keeps_up), config.prompts.groups_per_epoch) if seconds > LITTLE_S else 1
+        if name not in needs.gpu and section.autoscaling is None and seconds > LITTLE_S:
+            rounds = math.ceil(seconds / max(needs.draw, 1e-9))
+            wanted = min(samplers * rounds, groups)
             if wanted > section.num_replicas:
                 changes[f"rewards.{name}.num_replicas"] = wanted
     return changes
