@@ -157,7 +157,7 @@ def _say_layouts(found: Sequence["Layout"], nodes: "Nodes", price: float | None,
     from nft_ray.planning.words import layout_lines
 
     if found:
-        say(f"\nthe best layouts for {nodes}, with the same results:")
+        say(f"\nthe best layouts for {nodes}, all the same algorithm:")
     for number, layout in enumerate(found, start=1):
         for line in layout_lines(number, layout, price, nodes.gpus, configured_s):
             say(line)

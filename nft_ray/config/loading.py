@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 def profiles(path: str | Path) -> tuple[str, ...]:
     """Names of the profiles in a YAML file: what `cluster=NAME` may pick."""
     tree: Any = OmegaConf.load(path)
-    found = tree.get("profiles") if OmegaConf.is_dict(tree) else None
+    found: Any = tree.get("profiles") if OmegaConf.is_dict(tree) else None
     return tuple(map(str, found)) if OmegaConf.is_dict(found) else ()
 
 

@@ -3,7 +3,7 @@
     colocated        pairs on all cards but those of the rewards; or rewards beside the pairs, on the very cards
     disaggregated    samplers, learners and rewards on cards of their own; or rewards beside the samplers
 
-A layout is what it changes of the experiment: dotted key -> value. It changes where things run, never what comes out.
+A layout is what it changes of the experiment: dotted key -> value. It changes where things run, not what comes out.
 """
 
 import math
@@ -74,7 +74,7 @@ def _of_stage(config: ExperimentConfig, work: Work) -> Demand:
 
 def candidates(config: ExperimentConfig, needs: Demand, nodes: Nodes, *, swap_s: float) -> list[Candidate]:
     """All of them for so many cards, the shortest epoch by rule of thumb first. `swap_s`: per colocated epoch."""
-    found = []
+    found = list[Candidate]()
     for cards, changes, about in _rewards(needs, nodes.gpus):
         pairs = nodes.gpus - cards
         for count in sorted({pairs, _as_quick(config, pairs)} - {0}):

@@ -3,8 +3,8 @@
     candidates.py ──► micro-batches that fit ──► placement rules ──► one simulated epoch of each ──► the best few
                                                                            larger micro-batches? ──► whole runs
 
-What a layout changes is marked `placement`: the results stay, to the last bits. What places a run (actors.placement)
-and what it costs (estimate.py) are handed in: this file knows neither Ray nor models.
+What a layout changes is marked `placement`: the algorithm stays, and its results but for rounding. What places a run
+(actors.placement) and what it costs (estimate.py) are handed in: this file knows neither Ray nor models.
 """
 
 from collections.abc import Callable, Sequence
@@ -135,23 +135,23 @@ def _layout(config: ExperimentConfig, candidate: Candidate, ground: Ground) -> L
     try:
         made = changed(config, changes)
         ground.check(made)
-        while who := too_full(made, ground):
+        while who := too_full(parts := made.stage_configs, ground):
             smaller = _smaller(made, who)
             if not smaller:
                 return None
             changes |= smaller
             made = changed(config, changes)
-        stages = _forecasts(made.stage_configs, ground, quick=True)
+        stages = _forecasts(parts, ground, quick=True)
     except ValueError:
         return None
     return Layout(about=candidate.about, config=made, changes=changes, lines=set_lines(config, changes), stages=stages)
 
 
-def too_full(config: ExperimentConfig, ground: Ground, *, spread: bool = True) -> str:
+def too_full(stages: Sequence[ExperimentConfig], ground: Ground) -> str:
     """The role that needs the most on a card that is too small, in any stage; "" where none is."""
-    for stage in config.stage_configs:
+    for stage in stages:
         footprint = ground.estimate(stage)[1]
-        for held, roles in card_bytes(stage, footprint, seats(stage, ground.nodes, spread=spread)).values():
+        for held, roles in card_bytes(stage, footprint, seats(stage, ground.nodes)).values():
             if held > ground.memory:
                 needed = {"sampler": footprint.sampler, "learner": footprint.learner}
                 return max((role for role in roles if role in needed), key=needed.__getitem__, default=roles[0])
@@ -185,9 +185,10 @@ def _with_larger_batches(config: ExperimentConfig, layout: Layout, ground: Groun
         while update := change(layout.config):
             changes = {**layout.changes, **update}
             made = changed(config, changes)
-            if too_full(made, ground):
+            parts = made.stage_configs
+            if too_full(parts, ground):
                 break
-            stages = _forecasts(made.stage_configs, ground, quick=True)
+            stages = _forecasts(parts, ground, quick=True)
             lines = set_lines(config, changes)
             further = replace(layout, config=made, changes=changes, lines=lines, stages=stages)
             if further.epoch_s > BETTER * layout.epoch_s:

@@ -61,10 +61,9 @@ def table(stages: Sequence[Forecast], names: Sequence[str], ground: Ground, pric
     found = [f"run           {short}", f"bound         {bound}"]
     if len(stages) > 1:
         for name, stage in zip(names, stages, strict=True):
-            line = (
-                f"{stage.epochs} x {stage.epoch_s:.1f} s, {stage.evaluations} x {stage.evaluation_s:.1f} s evaluation"
-            )
-            found.append(f"  stage {name}: {line}, {duration(stage.seconds)}: {stage.bound.text}")
+            epochs = f"{stage.epochs} epochs of {stage.epoch_s:.1f} s"
+            evaluations = f"{stage.evaluations} evaluations of {stage.evaluation_s:.1f} s"
+            found.append(f"  stage {name}: {epochs}, {evaluations}: {duration(stage.seconds)}; {stage.bound.text}")
     shown = max(stages, key=lambda stage: stage.epoch_s)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in shown.phases.items() if seconds >= 0.05)
     found.append(f"an epoch      {parts}")
@@ -141,7 +140,7 @@ def _host(stage: Forecast, ground: Ground, host: Host) -> Iterator[str]:
     needs = max(host_bytes(stage.config, footprint, stage.seats, stage.store).values())
     share = stage.store / stage.seats.num_nodes
     if host.memory is not None and needs > host.memory:
-        yield f"{host.what} has {size(host.memory)} of memory, the workers on it and its object store need {size(needs)}"
+        yield f"{host.what} has {size(host.memory)} of memory, its workers and its object store need {size(needs)}"
     if host.memory is not None and share > STORE_SHARE * host.memory:
         yield (
             f"{host.what} gives Ray's object store {size(STORE_SHARE * host.memory)} by default, an epoch needs "
