@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace) -> int:
         for line in words.table(stages, names, ground, price):
             say(line)
         host = words.Host(what="a node", memory=device.host_memory_bytes)
-        trouble += words.warnings(config, stages, ground, host)
+        trouble += words.warnings(stages, ground, host)
     for line in trouble:
         say(f"warning: {line}")
     found = best(config, ground)
@@ -85,20 +85,24 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run_lines(config: ExperimentConfig, *, root: str) -> list[str]:
-    """Of `nft-ray train --dry-run`: the estimate in two lines, then a warning for each thing that will not fit."""
+def dry_run_lines(config: ExperimentConfig, root: Path | None) -> list[str]:
+    """Of `nft-ray train --dry-run`: the estimate in two lines, then a warning for each thing that will not fit.
+
+    root: the run's folder where this machine is to do it; None = some other cluster.
+    """
     from nft_ray.planning import words
 
     device, nodes = _device(None, config, None), _reserved(config)
+    host = words.Host(what="a node", memory=device.host_memory_bytes) if root is None else _here(root)
     try:
         ground = ground_of(config, nodes, device)
         stages, trouble = stages_of(config, ground)
     except ValueError as error:
         return [f"no estimate: {error}"]
-    lines = [f"estimated for {nodes} ({device.name}), nft-ray plan says more:"] if stages else []
+    where = f"{nodes} of {device.name}" if device.kind == "cuda" else "CPUs"
+    lines = [f"estimate for {where} (nft-ray plan says more):"] if stages else []
     lines += [f"  {line}" for line in words.in_short(stages, None, nodes.gpus)] if stages else []
-    warnings = [*trouble, *words.warnings(config, stages, ground, _here(root))]
-    return [*lines, *(f"warning: {line}" for line in warnings)]
+    return [*lines, *(f"warning: {line}" for line in [*trouble, *words.warnings(stages, ground, host)])]
 
 
 def configured(path: str, overrides: Sequence[str], gpus: int | None) -> tuple[ExperimentConfig, str]:
@@ -212,11 +216,11 @@ def _device(name: str | None, config: ExperimentConfig, nodes: "Nodes | None") -
     return device_named(name or (DEVICE if nodes or num_gpus(config) else WITHOUT))
 
 
-def _here(root: str) -> Any:
+def _here(root: Path) -> Any:
     """This machine."""
     from nft_ray.planning.words import Host
 
-    there = next(path for path in (Path(root).absolute(), *Path(root).absolute().parents) if path.exists())
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     return Host(
         what="this machine",
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

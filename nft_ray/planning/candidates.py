@@ -8,7 +8,7 @@ A layout is what it changes of the experiment: dotted key -> value. It changes w
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nft_ray.config import ExperimentConfig
@@ -80,7 +80,15 @@ def candidates(config: ExperimentConfig, needs: Demand, nodes: Nodes, *, swap_s:
         for count in sorted({pairs, _as_quick(config, pairs)} - {0}):
             found += _colocated(config, needs, count, cards, changes, about, swap_s)
         found += _disaggregated(config, needs, nodes.gpus, cards, changes, about)
-    return sorted(found, key=lambda one: one.seconds)
+    heard = [replace(one, changes={**one.changes, **_in_flight(config, one.changes)}) for one in found]
+    return sorted(heard, key=lambda one: one.seconds)
+
+
+def _in_flight(config: ExperimentConfig, changes: Changes) -> dict[str, Any]:
+    """A replica that nobody may call is of no use."""
+    most = max((value for key, value in changes.items() if key.endswith(".num_replicas")), default=0)
+    wanted = min(most, config.prompts.groups_per_epoch)
+    return {"scorers.max_in_flight": wanted} if wanted > config.scorers.max_in_flight else {}
 
 
 def _rewards(needs: Demand, gpus: int) -> Iterator[tuple[int, Changes, str]]:

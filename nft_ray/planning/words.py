@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nft_ray.config import ExperimentConfig
 from nft_ray.planning.calls import rollout_call, score_s
 from nft_ray.planning.forecast import Forecast, card_bytes, host_bytes
 from nft_ray.planning.layouts import Ground, Layout
@@ -107,7 +106,7 @@ def layout_lines(number: int, layout: Layout, price: float | None, gpus: int, co
     return [f"{number}. {layout.about}{used}: {short[0]}{gain}", f"   {short[1]}", f"   {said}"]
 
 
-def warnings(config: ExperimentConfig, stages: Sequence[Forecast], ground: Ground, host: Host) -> list[str]:
+def warnings(stages: Sequence[Forecast], ground: Ground, host: Host) -> list[str]:
     """What will not fit, or not in time: cards, places, host memory, /dev/shm, object store, disk, deadlines."""
     found = dict[str, None]()
     for stage in stages:

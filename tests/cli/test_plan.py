@@ -1,0 +1,84 @@
+"""`nft-ray plan` from the command line, on the pipeline that comes with this package."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nft_ray.cli.main import main
+from nft_ray.cli.plan import configured
+from nft_ray.config import load
+from tests.examples import QUICKSTART
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.slow
+def test_a_plan_is_a_table_a_picture_and_layouts_that_the_loader_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", str(QUICKSTART), "--gpus", "2", "--price", "2", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+
+    assert printed[0] == "quickstart on 2 GPUs (h100)"
+    assert printed[1].startswith("run           ")
+    assert printed[2].startswith("bound         ")
+    said = [line.split(" --set ") for line in printed if line.startswith("   --set ") or line == "   as configured"]
+    assert len(said) >= 3
+    for line in said:
+        load(QUICKSTART, [part for part in (one.strip() for one in line[0:]) if "=" in part])
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
+    numbers = json.loads((tmp_path / "quickstart-2xh100.json").read_text())
+    (stage,) = numbers["stages"]
+    assert numbers["seconds"] == pytest.approx(
+        stage["epochs"] * stage["epoch_s"] + stage["evaluations"] * stage["evaluation_s"]
+    )
+    assert sum(stage["phases_s"].values()) == pytest.approx(stage["epoch_s"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "profile"),
+    [
+        ("sd3_geneval", 1, "one_gpu"),
+        ("sd3_geneval", 8, ""),
+        ("sd3_geneval", 9, ""),
+        ("sd3_geneval", 32, "thirty_two_gpus"),
+        ("sd3_ocr", 32, "thirty_two_gpus"),
+        ("quickstart", 8, ""),
+    ],
+)
+def test_so_many_cards_choose_the_profile_that_uses_them(name: str, gpus: int, profile: str):
+    assert configured(str(CONFIGS / f"{name}.yaml"), [], gpus)[1] == profile
+
+
+def test_a_profile_that_is_named_stays():
+    config, profile = configured(str(CONFIGS / "sd3_geneval.yaml"), ["cluster=one_gpu"], 32)
+
+    assert profile == ""
+    assert config.sampler.num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--nodes", "4by8"], "--nodes 4by8: write nodes x cards, such as 4x8"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--gpus", "8", "--nodes", "4x8"], "--gpus 8: --nodes 4x8 are 32; leave one of them out"),
+        (["--device", "h1000"], "h1000"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(QUICKSTART), *arguments]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said
+
+
+def test_a_dry_run_says_the_estimate_and_what_this_machine_lacks(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    settings = ["--set", f"run.root={tmp_path}", "--set", "sampler.timeout_s=0.001"]
+    assert main(["train", str(QUICKSTART), "--dry-run", *settings]) == 0
+    printed = capsys.readouterr().out.splitlines()
+
+    (at,) = [number for number, line in enumerate(printed) if line.startswith("estimate for CPUs")]
+    assert "s an epoch" in printed[at + 1]
+    assert "for 30 epochs" in printed[at + 1]
+    assert any(line.startswith("warning: sampler.timeout_s = 0.001 is shorter than a rollout") for line in printed)
