@@ -55,7 +55,7 @@ def plan(args: argparse.Namespace) -> int:
     nodes = nodes or _reserved(config)
     price = args.price if args.price is not None else device.price_per_hour
     ground = ground_of(config, nodes, device)
-    title = f"{config.run.name} on {nodes} ({device.name})"
+    title = f"{config.run.name} on {nodes} ({device.name})" if nodes.cards else f"{config.run.name} on CPUs"
     say(f"{title}{f', profile {profile}' if profile else ''}")
     stages, trouble = stages_of(config, ground)
     names = [stage.name for stage in config.stages] or [config.run.name]
@@ -66,7 +66,7 @@ def plan(args: argparse.Namespace) -> int:
         trouble += words.warnings(stages, ground, host)
     for line in trouble:
         say(f"warning: {line}")
-    found = best(config, ground)
+    found = best(config, ground) if nodes.cards else []
     _say_layouts(found, nodes, price, sum(stage.seconds for stage in stages) or None)
     _say_overlapped(config, ground, price)
     shown = stages or (found[0].stages if found else ())
@@ -77,11 +77,12 @@ def plan(args: argparse.Namespace) -> int:
         )
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{config.run.name}-{nodes.gpus}x{re.sub(r'[^0-9A-Za-z_.-]', '_', device.name)}"
+    on = re.sub(r"[^0-9A-Za-z_.-]", "_", device.name)
+    stem = folder / f"{config.run.name}-{f'{nodes.gpus}x' if nodes.cards else ''}{on}"
     slowest = max(shown, key=lambda stage: stage.epoch_s)
-    draw(slowest, f"{title}: an epoch, {slowest.epoch_s:.1f} s", stem.with_suffix(".png"))
-    stem.with_suffix(".json").write_text(json.dumps(_numbers(config, shown, found), indent=1) + "\n")
-    say(f"\n{stem.with_suffix('.png')}, {stem.with_suffix('.json')}")
+    draw(slowest, f"{title}: an epoch, {slowest.epoch_s:.1f} s", Path(f"{stem}.png"))
+    Path(f"{stem}.json").write_text(json.dumps(_numbers(config, shown, found), indent=1) + "\n")
+    say(f"\n{stem}.png, {stem}.json")
     return 0
 
 
@@ -99,7 +100,7 @@ def dry_run_lines(config: ExperimentConfig, root: Path | None) -> list[str]:
         stages, trouble = stages_of(config, ground)
     except ValueError as error:
         return [f"no estimate: {error}"]
-    where = f"{nodes} of {device.name}" if device.kind == "cuda" else "CPUs"
+    where = f"{nodes} ({device.name})" if nodes.cards else "CPUs"
     lines = [f"estimate for {where} (nft-ray plan says more):"] if stages else []
     lines += [f"  {line}" for line in words.in_short(stages, None, nodes.gpus)] if stages else []
     return [*lines, *(f"warning: {line}" for line in [*trouble, *words.warnings(stages, ground, host)])]
@@ -204,9 +205,11 @@ def _nodes(gpus: int | None, nodes: str | None) -> "Nodes | None":
 
 
 def _reserved(config: ExperimentConfig) -> "Nodes":
-    from nft_ray.planning.places import default_nodes, num_gpus
+    """Cards that the YAML reserves; none is a node without."""
+    from nft_ray.planning.places import Nodes, default_nodes, num_gpus
 
-    return default_nodes(max(1, math.ceil(num_gpus(config) - 1e-4)))
+    count = math.ceil(num_gpus(config) - 1e-4)
+    return default_nodes(count) if count else Nodes(count=1, cards=0)
 
 
 def _device(name: str | None, config: ExperimentConfig, nodes: "Nodes | None") -> "Device":

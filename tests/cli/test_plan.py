@@ -82,3 +82,12 @@ def test_a_dry_run_says_the_estimate_and_what_this_machine_lacks(capsys: pytest.
     assert "s an epoch" in printed[at + 1]
     assert "for 30 epochs" in printed[at + 1]
     assert any(line.startswith("warning: sampler.timeout_s = 0.001 is shorter than a rollout") for line in printed)
+
+
+def test_without_gpus_there_are_no_cards_to_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(QUICKSTART), "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+
+    assert printed.startswith("quickstart on CPUs\n")
+    assert "best layouts" not in printed
+    assert (tmp_path / "quickstart-cpu.png").is_file()
