@@ -11,7 +11,7 @@ casts and their gradients, under 1 %). One process counts each thing once (`lru_
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,7 @@ def encode(config: ModelConfig) -> Item:
     with torch.no_grad():
         for module, tokens in _text_encoders(config):
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-            traces.append(Trace.of(lambda module=module, ids=ids: module(input_ids=ids)))
+            traces.append(Trace.of(partial(module, input_ids=ids)))
     return Item(
         flops=sum(trace.flops for trace in traces),
         bytes=max((trace.peak_bytes for trace in traces), default=0),

@@ -90,7 +90,7 @@ class Device(BaseModel):
 
     def flops_s(self, flops: float, dtype: str, part: Part) -> float:
         """Seconds of so many FLOPs, as a part of an epoch gets them."""
-        rates: Mapping[str, float] = dict(self.matmul_per_s)
+        rates: Mapping[Any, float] = self.matmul_per_s
         return flops / (rates.get(dtype, rates["float32"]) * self.utilisation.of(part))
 
     def operations_s(self, operations: float) -> float:

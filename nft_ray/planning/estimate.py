@@ -57,6 +57,7 @@ def work_of(config: ExperimentConfig, device: Device) -> Work:
         group_bytes=sent.conditioning,
         adapter_bytes=2 * sent.adapter,
         transfer_bytes_per_s=device.network_bytes_per_s,
+        lend_s=lend_s(config, device),
     )
 
 
@@ -94,16 +95,18 @@ def _decode_s(config: ExperimentConfig, device: Device) -> float:
 
 
 def encode_s(config: ExperimentConfig, device: Device) -> float:
-    """One new prompt: arithmetic or reading the weights, whichever is longer; offloaded encoders come from pageable
-    memory for every request. Precomputed: what a file holds, from the host.
-    """
+    """One new prompt: arithmetic or reading the weights, whichever is longer. Precomputed: what a file holds."""
     model, sent = costs.counted(config.model), payloads_of(config)
     if config.model.precomputed:
         return device.host_copy_s(sent.conditioning, pinned=False)
     item, weights = costs.encode(model), costs.text_size(model).bytes
     arithmetic_s = device.flops_s(item.flops, config.model.text_encoder_dtype or config.model.dtype, "encoding")
-    lent_s = device.host_copy_s(weights, pinned=False) if config.model.text_encoders == "offload" else 0.0
-    return max(arithmetic_s, weights / device.memory_bytes_per_s) + device.operations_s(item.operations) + lent_s
+    return max(arithmetic_s, weights / device.memory_bytes_per_s) + device.operations_s(item.operations)
+
+
+def lend_s(config: ExperimentConfig, device: Device) -> float:
+    """Offloaded text encoders to the card, from memory that is not pinned; on the way back nothing is copied."""
+    return device.host_copy_s(held(config).text, pinned=False)
 
 
 def _request_s(config: ExperimentConfig, device: Device, sent: Payloads) -> float:

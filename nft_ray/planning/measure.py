@@ -2,14 +2,15 @@
 
 Measured: matrix product per data type, memory bandwidth, copies from the host, launching an operation, checksum, copy
 in host memory. Not measured, and said so: links, network, and which share of the matrix product a model reaches, which
-is what `benchmarks/gpu.py` measures. On a CPU everything is of ONE thread, as a worker with `num_threads: 1` has it, and in
-seconds of that CPU: what else runs on the machine does not count.
+is what `benchmarks/gpu.py` measures. On a CPU everything is of ONE thread, as a worker with `num_threads: 1` has it,
+and in seconds of that CPU: what else runs on the machine does not count.
 """
 
 import hashlib
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,11 @@ COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}
 """Bytes of what is copied within the device's memory: more than any cache holds."""
 HOST_COPIED = 1 << 28
 OPERATIONS, SMALL = 2000, 64
-ASSUMED_UTILISATION = {
-    "cuda": {"sampling": 0.55, "learning": 0.55, "decoding": 0.4, "encoding": 0.5, "scoring": 0.7},
-    "cpu": {"sampling": 0.5, "learning": 0.5, "decoding": 0.4, "encoding": 0.4, "scoring": 0.7},
-}
-SHARE_SOURCE = {
-    "cuda": "assumed, of a measured matrix product, which is itself 0.65 to 0.8 of a data sheet's",
-    "cpu": "nano-sd3: benchmarks/results/scaling.json (learning), gpu_tiny_cpu.json (sampling 0.42, learning 0.39)",
-}
+NANO_BATCHES = (8, 64)
+CUDA_UTILISATION = {"sampling": 0.55, "learning": 0.55, "decoding": 0.4, "encoding": 0.5, "scoring": 0.7}
+CUDA_SOURCE = "assumed, of a measured matrix product, which is itself 0.65 to 0.8 of a data sheet's"
+LEARNING = 0.85
+"""Of a CPU's share in sampling: nano-sd3's update takes 2.43 ms per pair with 2.4 times the FLOPs of a forward."""
 
 
 def measured(name: str, kind: str) -> dict[str, Any]:
@@ -46,7 +44,14 @@ def measured(name: str, kind: str) -> dict[str, Any]:
 
 def _profile(name: str, device: torch.device) -> dict[str, Any]:
     cuda, here = device.type == "cuda", f"measured here: nft-ray profile, {_model(device)}"
-    runtime = _runtime_bytes(device)
+    runtime, rates = _runtime_bytes(device), {_name(dtype): _matmul_per_s(device, dtype) for dtype in _dtypes(device)}
+    if cuda:
+        operation_s, utilisation, shares = _operation_s(device), CUDA_UTILISATION, CUDA_SOURCE
+    else:
+        operation_s, share = _nano_s(rates["float32"])
+        utilisation = dict.fromkeys(("sampling", "encoding", "scoring"), share)
+        utilisation |= {"learning": LEARNING * share, "decoding": 1.0}
+        shares = f"{here}: nano-sd3 in micro-batches of {NANO_BATCHES}; learning {LEARNING} of it; convolutions as fast"
     memcpy = HOST_COPIED / _host_memcpy_s()
     pinned, pageable = (HOST_COPIED / _upload_s(device, pinned=pinned) if cuda else memcpy for pinned in (True, False))
     return {
@@ -54,7 +59,7 @@ def _profile(name: str, device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "memory_bytes": _memory_bytes(device),
         "runtime_bytes": runtime,
-        "matmul_per_s": {str(dtype).removeprefix("torch."): _matmul_per_s(device, dtype) for dtype in _dtypes(device)},
+        "matmul_per_s": rates,
         "memory_bytes_per_s": 2 * COPIED[device.type] / _copy_s(device),
         "host_copy_bytes_per_s": pinned,
         "pageable_copy_bytes_per_s": pageable,
@@ -62,8 +67,8 @@ def _profile(name: str, device: torch.device) -> dict[str, Any]:
         "network_bytes_per_s": 1.0e9,
         "object_store_bytes_per_s": memcpy / 2,
         "checksum_bytes_per_s": HOST_COPIED / _checksum_s(),
-        "operation_s": _operation_s(device),
-        "utilisation": ASSUMED_UTILISATION[device.type],
+        "operation_s": operation_s,
+        "utilisation": utilisation,
         "sources": {
             "memory_bytes": here,
             "runtime_bytes": here,
@@ -75,10 +80,14 @@ def _profile(name: str, device: torch.device) -> dict[str, Any]:
             "network_bytes_per_s": "assumed, 10 Gbit/s with its overhead",
             "object_store_bytes_per_s": "half of a measured copy in host memory: the arrays are written, pages are new",
             "checksum_bytes_per_s": here,
-            "operation_s": f"{here}, {OPERATIONS} linear layers of {SMALL} x {SMALL}, as modules",
-            "utilisation": SHARE_SOURCE[device.type],
+            "operation_s": f"{here}, linear layers of {SMALL} x {SMALL}" if cuda else f"{here}, nano-sd3",
+            "utilisation": shares,
         },
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -133,6 +142,7 @@ def _checksum_s() -> float:
 
 
 def _operation_s(device: torch.device) -> float:
+    """Of a card, where the host only launches."""
     layer, x = torch.nn.Linear(SMALL, SMALL, device=device), torch.ones(1, SMALL, device=device)
 
     @torch.no_grad()
@@ -141,6 +151,27 @@ def _operation_s(device: torch.device) -> float:
             layer(x)
 
     return _best_s(launch, device) / OPERATIONS
+
+
+def _nano_s(matmul_per_s: float) -> tuple[float, float]:
+    """Of a CPU: nano-sd3 at two sizes of a micro-batch. (Seconds per operation, share of the matrix product.)"""
+    from nft_ray.config import ModelConfig
+    from nft_ray.models.base import load_model, quiet_libraries
+    from nft_ray.planning import costs
+
+    quiet_libraries()
+    config = ModelConfig()
+    model, item = load_model(config, torch.device("cpu"), transformer_only=True), costs.forward(config)
+    x, t, conditioning = model.probe()
+    seconds = []
+    with torch.no_grad():
+        for batch in NANO_BATCHES:
+            rows = {name: value.expand(batch, *value.shape[1:]) for name, value in conditioning.items()}
+            inputs = x.expand(batch, *x.shape[1:]), t.expand(batch), rows
+            seconds.append(min(_best_s(partial(model.velocity, *inputs)) for _ in range(2)))
+    per_item = (seconds[1] - seconds[0]) / (NANO_BATCHES[1] - NANO_BATCHES[0])
+    operation_s = max(seconds[0] - NANO_BATCHES[0] * per_item, 0.0) / item.operations
+    return operation_s, min(item.flops / per_item / matmul_per_s, 1.0)
 
 
 def _memory_bytes(device: torch.device) -> int:

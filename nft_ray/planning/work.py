@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 class Work:
     """Of one experiment on one device, with the micro-batches that its YAML says; seconds of one worker alone.
 
-    A sampler, per rollout request of n images: request_s + encode_s (per new prompt) + n (draw_s + decode_s +
+    A sampler, per rollout request of n images: request_s + lend_s + encode_s (per new prompt) + n (draw_s + decode_s +
     velocities_s). `velocities_s` is what stands between the images and the clean samples, 0 in an evaluation.
     A reward replica, per batch of n images: score_request_s + n score_s. A learner, per image of its shard: update_s
     (all its pairs, forward and backward), and per optimizer step step_s (reduction over the group and Adam).
@@ -40,6 +40,8 @@ class Work:
     """old + EMA, once per version."""
     transfer_bytes_per_s: float
     """Object store to a worker on another node; on the same node nothing is copied."""
+    lend_s: float = 0.0
+    """Sampler, per request with a prompt that is new: offloaded text encoders to the device and back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
