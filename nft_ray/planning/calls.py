@@ -32,7 +32,7 @@ def rollout_call(work: Work, *, images: int, prompts: int, split: Split) -> Roll
     train = split == "train"
     return RolloutCall(
         request=work.request_s,
-        encode=prompts * work.encode_s,
+        encode=work.lend_s + prompts * work.encode_s,
         draw=images * (work.draw_s if train else work.draw_eval_s),
         decode=images * work.decode_s,
         velocities=images * work.velocities_s if train else 0.0,
