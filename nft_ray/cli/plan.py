@@ -177,7 +177,7 @@ def _say_overlapped(config: ExperimentConfig, ground: "Ground", price: float | N
         return
     apart = {"cluster.placement": "disaggregated", "run.max_staleness": 1}
     try:
-        found = best(changed(config, apart), ground, 1)
+        found = best(changed(config, apart), ground, 1, configured=False)
     except ValueError:
         return
     for layout in found:

@@ -103,13 +103,13 @@ def _slow_rewards(slow: _Rewards, draw_s: float, drawn: str) -> Bound:
     who = f"{replicas} on {devices} {'are' if slow.replicas > 1 else 'is'}" if shared else _are(slow.replicas, replicas)
     enough = f"{math.ceil(slow.devices * factor - 1e-6)} {'cards ' if shared else ''}would do"
     names = f"reward{'s' * (len(slow.names) > 1)} {', '.join(slow.names)}"
-    text = f"{names}: {who} {factor:.1f}x too slow: scoring takes {slow.seconds:.1f} s, {drawn}; {enough}"
+    text = f"{names}: {who} {_times(factor)} too slow: scoring takes {slow.seconds:.1f} s, {drawn}; {enough}"
     return Bound(role=", ".join(slow.names), factor=factor, text=text)
 
 
 def _slow(role: str, count: int, noun: str, factor: float, text: str) -> Bound:
     return Bound(
-        role=role, factor=factor, text=f"{role}: {_are(count, _counted(count, noun))} {factor:.1f}x too slow: {text}"
+        role=role, factor=factor, text=f"{role}: {_are(count, _counted(count, noun))} {_times(factor)} too slow: {text}"
     )
 
 
@@ -135,3 +135,7 @@ def _are(count: int, who: str) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}x" if factor >= 1.1 else f"{factor:.2f}x"

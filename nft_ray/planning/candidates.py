@@ -75,7 +75,7 @@ def _of_stage(config: ExperimentConfig, work: Work) -> Demand:
 def candidates(config: ExperimentConfig, needs: Demand, nodes: Nodes, *, swap_s: float) -> list[Candidate]:
     """All of them for so many cards, the shortest epoch by rule of thumb first. `swap_s`: per colocated epoch."""
     found = list[Candidate]()
-    for cards, changes, about in _rewards(needs, nodes.gpus):
+    for cards, changes, about in _rewards(config, needs, nodes.gpus):
         pairs = nodes.gpus - cards
         for count in sorted({pairs, _as_quick(config, pairs)} - {0}):
             found += _colocated(config, needs, count, cards, changes, about, swap_s)
@@ -91,15 +91,18 @@ def _in_flight(config: ExperimentConfig, changes: Changes) -> dict[str, Any]:
     return {"scorers.max_in_flight": wanted} if wanted > config.scorers.max_in_flight else {}
 
 
-def _rewards(needs: Demand, gpus: int) -> Iterator[tuple[int, Changes, str]]:
-    """(cards of their own, what that changes, in words): 0 cards = beside the samplers, or no reward needs one."""
+def _rewards(config: ExperimentConfig, needs: Demand, gpus: int) -> Iterator[tuple[int, Changes, str]]:
+    """(cards of their own, what that changes, in words): 0 cards = beside the samplers, or no reward needs one.
+
+    Around the balance, and what is left by so many pairs as fewer of them would need another round of groups.
+    """
     if not needs.gpu:
         yield 0, {}, ""
         return
     yield 0, {}, f"{_named(needs.gpu)} beside the samplers"
     balance = gpus * needs.score / (needs.score + needs.draw + needs.learn)
-    whole = max(1, math.floor(balance))
-    for cards in sorted({count for near in range(-NEAR, NEAR + 2) if 1 <= (count := whole + near) < gpus}):
+    counts = {math.floor(balance) + near for near in range(-NEAR, NEAR + 2)} | {gpus - _as_quick(config, gpus - 1)}
+    for cards in sorted(count for count in counts if 1 <= count < gpus):
         share = math.floor(100 / len(needs.gpu)) / 100
         yield cards, _replicas(needs.gpu, cards, share), f"{_cards(cards)} for {_named(needs.gpu)}"
         if len(needs.gpu) > 1 and cards >= len(needs.gpu):

@@ -65,18 +65,24 @@ class Ground:
     check: Check
 
 
-def best(config: ExperimentConfig, ground: Ground, count: int = 3) -> list[Layout]:
-    """The shortest runs, at most `count`; of those that take equally long the one that needs the fewest cards."""
+def best(config: ExperimentConfig, ground: Ground, count: int = 3, *, configured: bool = True) -> list[Layout]:
+    """The shortest runs, at most `count`; of those that take equally long the one that needs the fewest cards.
+
+    configured: the layout that the experiment has is one of them.
+    """
     stages = config.stage_configs
     works = [ground.estimate(stage)[0] for stage in stages]
     needs = demand(list(zip(stages, works, strict=True)))
     swap_s = 2 * sum(works[0].swap_s.values())
     found = list[Layout]()
-    for candidate in candidates(config, needs, ground.nodes, swap_s=swap_s):
+    made = candidates(config, needs, ground.nodes, swap_s=swap_s)
+    if configured and num_gpus(config):
+        made.insert(0, Candidate(about="as configured", seconds=0.0, changes={}))
+    for candidate in made:
         layout = _layout(config, candidate, ground)
-        if layout is not None and all(layout.changes != other.changes for other in found):
+        if layout is not None and all(layout.lines != other.lines for other in found):
             found.append(layout)
-        if len(found) == SIMULATED:
+        if len(found) > SIMULATED:
             break
     chosen = sorted(found, key=_worth)[:count]
     larger = [_with_larger_batches(config, layout, ground) for layout in chosen]

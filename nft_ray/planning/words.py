@@ -1,12 +1,14 @@
 """A forecast in words: the table of `nft-ray plan`, the lines of a dry run, and warnings of what will not fit."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nft_ray.config import ExperimentConfig
 from nft_ray.planning.calls import rollout_call, score_s
 from nft_ray.planning.forecast import Forecast, card_bytes, host_bytes
 from nft_ray.planning.layouts import Ground, Layout
-from nft_ray.planning.places import seats
+from nft_ray.planning.places import num_gpus, seats
 
 GB = 1e9
 STORE_SHARE = 0.3
@@ -42,6 +44,11 @@ def money(seconds: float, gpus: float, price: float | None) -> str:
     return "" if price is None else f", {seconds / 3600 * gpus * price:,.0f} $"
 
 
+def cards_of(config: ExperimentConfig) -> int:
+    """Whole cards that are paid for."""
+    return math.ceil(num_gpus(config) - 1e-4)
+
+
 def in_short(stages: Sequence[Forecast], price: float | None, gpus: float) -> list[str]:
     """What a run takes, in two lines."""
     seconds, epochs = sum(stage.seconds for stage in stages), sum(stage.epochs for stage in stages)
@@ -55,8 +62,7 @@ def in_short(stages: Sequence[Forecast], price: float | None, gpus: float) -> li
 
 def table(stages: Sequence[Forecast], names: Sequence[str], ground: Ground, price: float | None) -> list[str]:
     """Everything that is known of a run, stage by stage."""
-    gpus = ground.nodes.gpus
-    short, bound = in_short(stages, price, gpus)
+    short, bound = in_short(stages, price, cards_of(stages[0].config))
     found = [f"run           {short}", f"bound         {bound}"]
     if len(stages) > 1:
         for name, stage in zip(names, stages, strict=True):
@@ -98,8 +104,9 @@ def _roles(stage: Forecast, ground: Ground) -> Iterator[str]:
 
 def layout_lines(number: int, layout: Layout, price: float | None, gpus: int, configured_s: float | None) -> list[str]:
     """One of the best layouts: what it is, why, and how it is said."""
-    used = f" on {layout.gpus:g} of {gpus} GPUs" if layout.gpus < gpus - 0.01 else ""
-    short = in_short(layout.stages, price, min(gpus, max(1.0, layout.gpus)))
+    cards = cards_of(layout.config)
+    used = f" on {cards} of {gpus} GPUs" if cards < gpus else ""
+    short = in_short(layout.stages, price, cards)
     ratio = configured_s / layout.seconds if configured_s else 1.0
     gain = f" ({ratio:.2f}x)" if abs(ratio - 1) >= 0.01 else ""
     said = " ".join(f"--set {line}" for line in layout.lines) or "as configured"

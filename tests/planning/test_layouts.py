@@ -102,7 +102,7 @@ def test_what_cannot_be_placed_is_left_out():
 
 def test_overlapping_runs_have_cards_of_their_own():
     config = changed(load(CONFIGS / "sd3_geneval.yaml"), {"cluster.placement": "disaggregated", "run.max_staleness": 1})
-    for layout in best(config, ground(8)):
+    for layout in best(config, ground(8), configured=False):
         assert layout.config.cluster.placement == "disaggregated"
         assert layout.config.sampler.num_workers + layout.config.learner.num_workers <= 8
 
