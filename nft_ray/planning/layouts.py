@@ -77,10 +77,10 @@ def best(config: ExperimentConfig, ground: Ground, count: int = 3, *, configured
     found = list[Layout]()
     made = candidates(config, needs, ground.nodes, swap_s=swap_s)
     if configured and num_gpus(config):
-        made.insert(0, Candidate(about="as configured", seconds=0.0, changes={}))
+        made.insert(0, Candidate(about="the layout of the YAML", seconds=0.0, changes={}))
     for candidate in made:
         layout = _layout(config, candidate, ground)
-        if layout is not None and all(layout.lines != other.lines for other in found):
+        if layout is not None and not any(_alike(layout, other) for other in found):
             found.append(layout)
         if len(found) > SIMULATED:
             break
@@ -88,6 +88,13 @@ def best(config: ExperimentConfig, ground: Ground, count: int = 3, *, configured
     larger = [_with_larger_batches(config, layout, ground) for layout in chosen]
     whole = [replace(layout, stages=forecasts(layout.config, ground)) for layout in larger]
     return sorted(whole, key=_worth)
+
+
+def _alike(one: Layout, other: Layout) -> bool:
+    """The same workers on the same cards, whatever shares are written down for them."""
+    if [list(stage.seats.named()) for stage in one.stages] != [list(stage.seats.named()) for stage in other.stages]:
+        return False
+    return all(key.endswith(".num_gpus") or _at(other.config, key) == value for key, value in one.changes.items())
 
 
 def _worth(layout: Layout) -> tuple[float, float, int]:

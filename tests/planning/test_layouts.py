@@ -132,3 +132,10 @@ def test_fewer_cards_are_named_where_more_are_no_quicker():
 
     assert (found.config.cluster.placement, found.config.sampler.num_workers) == ("colocated", 4)
     assert found.gpus == 4
+
+
+def test_shares_that_place_the_same_workers_are_one_layout():
+    config = load(CONFIGS / "sd3_geneval.yaml", ["cluster=one_gpu"])
+    found = best(config, ground(1))
+
+    assert [layout.about for layout in found] == ["the layout of the YAML"]
