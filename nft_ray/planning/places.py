@@ -123,18 +123,19 @@ class _Room:
                     free[card] = 0
                 return Seat(node, node * self._nodes.cards + cards[0])
         whole = sum(free.count(UNIT) for free in self._free)
-        raise ValueError(f"no room for {who} ({gpus:g} GPUs) on {self._nodes}: {whole} whole cards are left")
+        raise ValueError(f"no room for {who} with {gpus:g} GPUs on {self._nodes}: {whole} whole cards are left")
 
     def packed(self, who: str, gpus: float, count: int) -> Iterator[Seat]:
         """As few nodes as it takes: the one with the most room first, and as long as it lasts."""
         order: list[int] = []
         for number in range(count):
+            one = f"{who}, {number + 1} of {count},"
             if not round(gpus * UNIT):
-                yield self.take(who, gpus, [number % self._nodes.count])
+                yield self.take(one, gpus, [number % self._nodes.count])
                 continue
             if not order or not self._fits(order[0], gpus):
                 order = sorted(range(self._nodes.count), key=lambda node: (-sum(self._free[node]), node))
-            yield (seat := self.take(who, gpus, order))
+            yield (seat := self.take(one, gpus, order))
             order = [seat.node, *(node for node in order if node != seat.node)]
 
     def _fits(self, node: int, gpus: float) -> bool:

@@ -91,3 +91,23 @@ def test_without_gpus_there_are_no_cards_to_split(tmp_path: Path, capsys: pytest
     assert printed.startswith("quickstart on CPUs\n")
     assert "best layouts" not in printed
     assert (tmp_path / "quickstart-cpu.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_preset_says_what_eight_cards_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Counted without weights and without a network, in seconds."""
+    for variable in ("NFT_RAY_DATA", "NFT_RAY_WEIGHTS", "NFT_RAY_RUNS"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["train", str(CONFIGS / "sd3_geneval.yaml"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+
+    (at,) = [
+        number for number, line in enumerate(printed) if line == "estimate for 8 GPUs (h100) (nft-ray plan says more):"
+    ]
+    assert "s an epoch" in printed[at + 1]
+    assert "for 1,000 epochs" in printed[at + 1]
+    assert printed[at + 2].strip().startswith(("samplers", "learners", "reward geneval"))
+    assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,9 @@ def test_pairs_share_a_card_and_rewards_come_first():
 def test_serve_spreads_fractions_over_nodes_and_leaves_too_few_whole_cards():
     config = three_rewards(**EIGHT)
 
-    with pytest.raises(ValueError, match=r"no room for a sampler with its learner \(1 GPUs\).*0 whole cards"):
+    with pytest.raises(
+        ValueError, match=r"no room for a sampler with its learner, 7 of 7, with 1 GPUs on 2 x 4 GPUs: 0 whole"
+    ):
         seats(config, Nodes(count=2, cards=4))
     packed = seats(config, Nodes(count=2, cards=4), spread=False)
     assert packed.num_nodes == 2
