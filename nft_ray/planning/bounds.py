@@ -46,7 +46,8 @@ def bound_of(config: ExperimentConfig, seats: Seats, spans: Collection[Span], *,
     draw_s = (_worked(spans, "sampler", DRAWING) + beside) / num_samplers
     learn_s = max(_worked(spans, "learner", LEARNING, rank) for rank in range(num_learners))
     slowest = max(_apart(config, seats, spans), key=lambda one: one.seconds, default=None)
-    drawn = f"{_does(num_samplers, 'sampler', 'draw')} for {draw_s:.1f} s"
+    scoring = f" ({beside / num_samplers:.1f} s of it scoring)" if beside else ""
+    drawn = f"{_does(num_samplers, 'sampler', 'draw')} for {draw_s:.1f} s{scoring}"
     learnt = f"{_does(num_learners, 'learner', 'learn')} for {learn_s:.1f} s"
     is_scoring = slowest is not None and slowest.seconds > NOTICEABLE * draw_s
     if config.run.max_staleness:

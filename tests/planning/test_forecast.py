@@ -137,3 +137,18 @@ def test_host_memory_is_counted_by_node():
 
     reward = int(config.reward_configs["geneval"].memory_gib * 2**30)
     assert found == {0: 5 + 4 + reward, 1: 5 + 3}
+
+
+def test_what_is_scored_on_the_samplers_card_is_their_time():
+    found = forecast_of(
+        small_work(score_s={"geneval": 0.5}, update_s=1.0),
+        nodes=Nodes(count=1, cards=1),
+        cluster={"placement": "colocated"},
+        sampler={"num_gpus": 0.4},
+        learner={"num_gpus": 0.4},
+        rewards={"geneval": {"detector": "shapes", "num_gpus": 0.2}},
+    )
+
+    assert found.bound.text == (
+        "samplers: 1 sampler draws for 18.0 s (6.0 s of it scoring), then 1 learner learns for 12.0 s"
+    )
