@@ -133,7 +133,7 @@ def main() -> None:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
     record = {
-        "what": "peak memory of one micro-batch: resident memory of a CPU process, and traced: benchmarks/plan_memory.py",
+        "what": "peak memory of one micro-batch, measured in a CPU process and traced: benchmarks/plan_memory.py",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "nft_ray")},

@@ -134,6 +134,28 @@ def test_a_learner_loads_the_transformer_alone(kind: str, tiny_folder: Path, tmp
 
 
 @every_kind
+def test_what_is_empty_has_the_same_shapes(kind: str, tiny_folder: Path) -> None:
+    config = tiny_model(kind, tiny_folder)
+    whole, empty = load_model(config, CPU), family(config).empty(config, Path(config.path))
+    assert {name: value.shape for name, value in empty.transformer.named_parameters()} == {
+        name: value.shape for name, value in whole.transformer.named_parameters()
+    }
+    assert all(value.is_meta for value in (*empty.transformer.parameters(), *empty.transformer.buffers()))
+    assert empty.latent_shape == whole.latent_shape
+    with torch.no_grad():
+        v = empty.velocity(
+            *(
+                {name: value.to("meta") for name, value in part.items()} if isinstance(part, dict) else part.to("meta")
+                for part in whole.probe()
+            )
+        )
+    assert (v.shape, v.is_meta) == ((1, *whole.latent_shape), True)
+    known = sizes(config)
+    assert known is not None
+    assert known.tokens == whole.encode(PROMPTS[:1])["prompt_embeds"].shape[1]
+
+
+@every_kind
 def test_sixteen_bits(kind: str, tiny_folder: Path) -> None:
     exact = load_model(tiny_model(kind, tiny_folder), CPU)
     config = tiny_model(kind, tiny_folder, dtype="bfloat16", text_encoder_dtype="float32")
