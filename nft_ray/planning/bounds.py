@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.planning.places import Seat, Seats
-from nft_ray.planning.simulation import Span
+from nft_ray.planning.spans import Span
 
 NOTICEABLE = 1.02
 """Times too slow: less is even."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from nft_ray.config import ExperimentConfig
 from nft_ray.planning.bounds import Bound, bound_of
 from nft_ray.planning.places import Seats
-from nft_ray.planning.simulation import Run, Span, System, simulate
+from nft_ray.planning.simulation import System, simulate
+from nft_ray.planning.spans import Run, Span
 from nft_ray.planning.work import Footprint, Work
 
 AVERAGED = 3

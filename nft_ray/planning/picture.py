@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nft_ray.planning.forecast import Forecast
-from nft_ray.planning.simulation import Span
+from nft_ray.planning.spans import Span
 
 COLOURS = {
     "encode": "#c58af9",

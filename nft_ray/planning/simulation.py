@@ -9,7 +9,7 @@ compiles, no checkpoint that is slower than an epoch.
 """
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from nft_ray.config import ExperimentConfig
 from nft_ray.planning.calls import rollout_call, score_s, transfer_s
 from nft_ray.planning.events import Card, Clock, Crew, Process, Room, Signal, together
 from nft_ray.planning.places import Seat, Seats
+from nft_ray.planning.spans import Run, Span
 from nft_ray.planning.work import Work
 from nft_ray.types import Split
 
@@ -33,34 +34,6 @@ class System:
     """Requests that a group is asked for in."""
     frees_early: bool = False
     """Samples are freed when they are learnt; else when the next epoch is collected."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """What one worker did: `role` is sampler, learner, or a reward's name. Seconds; epochs from 1."""
-
-    role: str
-    worker: int
-    what: str
-    start: float
-    end: float
-    work_s: float
-    """Of the device alone: less than `end - start` where a card is shared."""
-    epoch: int
-    images: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What happened. ends: when each epoch was over, evaluation included; collected, updated: when its parts were."""
-
-    spans: tuple[Span, ...]
-    collected: tuple[float, ...]
-    updated: tuple[float, ...]
-    loaded: tuple[float, ...]
-    ends: tuple[float, ...]
-    store: tuple[tuple[float, int], ...]
-    """(seconds, bytes in the object store from then on): images, samples, conditioning, published weights."""
 
 
 def simulate(
@@ -372,11 +345,3 @@ def samples_per_rank(config: ExperimentConfig, epoch: int, ranks: int) -> tuple[
         for s in range(int(step.max()) + 1)
     ]
     return counts, shards
-
-
-def by_role(spans: Collection[Span]) -> Mapping[str, list[Span]]:
-    """The spans of each role, in the order in which the roles first appear."""
-    found: dict[str, list[Span]] = {}
-    for span in spans:
-        found.setdefault(span.role, []).append(span)
-    return found

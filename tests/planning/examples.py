@@ -4,7 +4,8 @@ from typing import Any
 
 from nft_ray.config import ExperimentConfig, parse
 from nft_ray.planning.places import Nodes, Seats, seats
-from nft_ray.planning.simulation import Run, simulate
+from nft_ray.planning.simulation import simulate
+from nft_ray.planning.spans import Run
 from nft_ray.planning.work import Work
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_ray.planning.places import Nodes
-from nft_ray.planning.simulation import Run, System, simulate
+from nft_ray.planning.simulation import System, simulate
+from nft_ray.planning.spans import Run
 from tests.planning.examples import placed, played, small_config, small_work
 
 COLOCATED = {
