@@ -127,9 +127,10 @@ def configured(path: str, overrides: Sequence[str], gpus: int | None) -> tuple[E
 
 
 def ground_of(config: ExperimentConfig, nodes: "Nodes", device: "Device") -> "Ground":
-    """What plans of this experiment stand on."""
+    """What plans of this experiment stand on. Workers that reserve no GPU are on CPUs, whatever the cards are."""
     from actors.packing import Node
     from actors.placement import Cluster, check
+    from nft_ray.planning.devices import device_named
     from nft_ray.planning.estimate import estimate
     from nft_ray.planning.layouts import Ground
     from nft_ray.prompts.sets import num_lines
@@ -138,7 +139,7 @@ def ground_of(config: ExperimentConfig, nodes: "Nodes", device: "Device") -> "Gr
     return Ground(
         nodes=nodes,
         memory=device.memory_bytes,
-        estimate=lambda one: estimate(one, device),
+        estimate=lambda one: estimate(one, device if one.sampler.num_gpus else device_named(WITHOUT)),
         lines=lambda one: num_lines(one.prompts.test),
         check=lambda one: check(one, Cluster(nodes=(node,))),
     )

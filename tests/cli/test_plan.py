@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from nft_ray.cli.main import main
-from nft_ray.cli.plan import configured
+from nft_ray.cli.plan import configured, ground_of
 from nft_ray.config import load
+from nft_ray.planning.devices import device_named
+from nft_ray.planning.layouts import changed
+from nft_ray.planning.places import Nodes
 from tests.examples import QUICKSTART
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -111,3 +114,13 @@ def test_a_dry_run_of_a_preset_says_what_eight_cards_take(
     assert "for 1,000 epochs" in printed[at + 1]
     assert printed[at + 2].strip().startswith(("samplers", "learners", "reward geneval"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_without_a_gpu_are_no_faster_beside_cards():
+    config = load(QUICKSTART)
+    card = ground_of(config, Nodes(count=1, cards=8), device_named("h100"))
+    core = ground_of(config, Nodes(count=1, cards=0), device_named("cpu"))
+    on_cards = changed(config, {"sampler.num_gpus": 1, "learner.num_gpus": 1})
+
+    assert card.estimate(config)[0] == core.estimate(config)[0]
+    assert card.estimate(on_cards)[0].draw_s < card.estimate(config)[0].draw_s / 3
