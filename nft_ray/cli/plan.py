@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Print the plan, write its picture; returns the exit status."""
     from nft_ray.models.base import quiet_libraries
+    from nft_ray.models.resolve import resolve
     from nft_ray.planning import words
     from nft_ray.planning.layouts import best
     from nft_ray.planning.picture import draw
@@ -51,6 +52,7 @@ def plan(args: argparse.Namespace) -> int:
     quiet_libraries()
     nodes = _nodes(args.gpus, args.nodes)
     config, profile = configured(args.config, args.set, nodes.gpus if nodes else None)
+    config = resolve(config)
     device = _device(args.device, config, nodes)
     nodes = nodes or _reserved(config)
     price = args.price if args.price is not None else device.price_per_hour
