@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,10 @@ def plan(args: argparse.Namespace) -> int:
         trouble += words.warnings(stages, ground, host)
     for line in trouble:
         say(f"warning: {line}")
-    found = best(config, ground) if nodes.cards else []
+    chosen = [f"cluster={profile}"] if profile else []
+    found = [_after(chosen, layout) for layout in best(config, ground)] if nodes.cards else []
     _say_layouts(found, nodes, price, sum(stage.seconds for stage in stages) or None)
-    _say_overlapped(config, ground, price)
+    _say_overlapped(config, ground, price, chosen)
     shown = stages or (found[0].stages if found else ())
     if not shown:
         raise ValueError(
@@ -171,7 +173,7 @@ def _say_layouts(found: Sequence["Layout"], nodes: "Nodes", price: float | None,
             say(line)
 
 
-def _say_overlapped(config: ExperimentConfig, ground: "Ground", price: float | None) -> None:
+def _say_overlapped(config: ExperimentConfig, ground: "Ground", price: float | None, chosen: Sequence[str]) -> None:
     """The best layout with rollouts that are one epoch old: other results, so it is not among the others."""
     from nft_ray.planning.layouts import best, changed
     from nft_ray.planning.words import layout_lines
@@ -184,11 +186,15 @@ def _say_overlapped(config: ExperimentConfig, ground: "Ground", price: float | N
     except ValueError:
         return
     for layout in found:
-        head, *why, _ = layout_lines(1, layout, price, ground.nodes.gpus, None)
-        lines = dict.fromkeys([*(f"{key}={value}" for key, value in apart.items()), *layout.lines])
+        whole = _after([*chosen, *(f"{key}={value}" for key, value in apart.items())], layout)
         say("\nrollouts one epoch old, which is another algorithm:")
-        for line in [head, *why, "   " + " ".join(f"--set {line}" for line in lines)]:
+        for line in layout_lines(1, whole, price, ground.nodes.gpus, None):
             say(line)
+
+
+def _after(lines: Sequence[str], layout: "Layout") -> "Layout":
+    """The layout with what has to be said before its own lines: they stand on it."""
+    return replace(layout, lines=tuple(dict.fromkeys([*lines, *layout.lines])))
 
 
 def _nodes(gpus: int | None, nodes: str | None) -> "Nodes | None":

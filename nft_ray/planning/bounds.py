@@ -122,7 +122,7 @@ def _tail(config: ExperimentConfig, draw_s: float, waits_s: float, samplers: int
     groups = config.prompts.groups_per_epoch
     rounds, left = -(-groups // samplers), groups % samplers
     why = f" ({groups} groups on {samplers} samplers are {rounds} rounds, the last of {left})" if left else ""
-    why = why if rounds > 1 else f" ({groups} groups for {samplers} samplers)"
+    why = f" ({groups} groups for {samplers} samplers)" if groups < samplers else why
     return f"; {lost:.1f} s more are waited for the last ones{why}"
 
 

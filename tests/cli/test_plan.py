@@ -9,8 +9,8 @@ from nft_ray.cli.main import main
 from nft_ray.cli.plan import configured, ground_of
 from nft_ray.config import load
 from nft_ray.planning.devices import device_named
-from nft_ray.planning.layouts import changed
-from nft_ray.planning.places import Nodes
+from nft_ray.planning.layouts import changed, forecasts
+from nft_ray.planning.places import Nodes, num_gpus
 from tests.examples import QUICKSTART
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,3 +124,18 @@ def test_workers_without_a_gpu_are_no_faster_beside_cards():
 
     assert card.estimate(config)[0] == core.estimate(config)[0]
     assert card.estimate(on_cards)[0].draw_s < card.estimate(config)[0].draw_s / 3
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_layout_stand_on_the_profile_that_was_chosen(tmp_path: Path):
+    """The YAML's own profile is another one: without `cluster=` they would mean something else."""
+    file = CONFIGS / "sd3_geneval.yaml"
+    assert main(["plan", str(file), "--gpus", "4", "--output", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "sd3_geneval-4xh100.json").read_text())
+
+    for layout in numbers["layouts"]:
+        made = load(file, layout["set"])
+        assert layout["set"][0] == "cluster=one_gpu"
+        assert num_gpus(made) <= 4 + 1e-4
+        ground = ground_of(made, Nodes(count=1, cards=4), device_named("h100"))
+        assert sum(stage.seconds for stage in forecasts(made, ground)) == pytest.approx(layout["seconds"])
