@@ -62,7 +62,7 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(size_name: str, part: str, folder: Path) -> dict[str, Any]:
+def measure(size_name: str, part: str, batch: int, folder: Path) -> dict[str, Any]:
     """One part at one size, in this process."""
     import torch
     from random_sd3 import save_pipeline
@@ -74,7 +74,7 @@ def measure(size_name: str, part: str, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     quiet_libraries()
-    size, batch, device = pipeline_size(size_name), BATCHES[size_name], torch.device("cpu")
+    size, device = pipeline_size(size_name), torch.device("cpu")
     save_pipeline(size, folder, device, torch.float32)
     config = ModelConfig(path=str(folder), height=size.pixels, width=size.pixels, max_sequence_length=TOKENS)
     model = load_model(config, device)
@@ -117,17 +117,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(BATCHES))
     parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--batch", type=int, help="of the micro-batch (default: 16 small, 8 middle)")
     parser.add_argument("--here", action="store_true", help="in this process, one line of JSON")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "results" / "plan_memory.json")
     args = parser.parse_args()
     if args.here:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(args.size, args.part, Path(folder))))
+            print(json.dumps(measure(args.size, args.part, args.batch, Path(folder))))
         return
     rows = []
     for size in [args.size] if args.size else BATCHES:
         for part in [args.part] if args.part else PARTS:
-            command = [sys.executable, __file__, "--here", "--size", size, "--part", part]
+            batch = str(args.batch or BATCHES[size])
+            command = [sys.executable, __file__, "--here", "--size", size, "--part", part, "--batch", batch]
             environment = os.environ | ALLOCATOR | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -140,7 +142,7 @@ def main() -> None:
         "bound": BOUND,
         "rows": rows,
     }
-    if not args.size and not args.part:
+    if not args.size and not args.part and not args.batch:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     worst = max(abs(row["traced / measured"] - 1) for row in rows)
     print(f"largest difference {worst:.1%} (bound {BOUND:.0%})")

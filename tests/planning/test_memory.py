@@ -89,12 +89,14 @@ def test_a_cpu_worker_has_it_all_on_the_host() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["forward", "checkpointing"])
-def test_the_traced_peak_is_the_measured_one(part: str) -> None:
+def test_the_traced_peak_is_the_measured_one() -> None:
     """Within the issue's 20 %; both sizes and all parts: benchmarks/plan_memory.py."""
     script = REPO / "benchmarks" / "plan_memory.py"
     done = subprocess.run(
-        [sys.executable, script, "--size", "small", "--part", part], capture_output=True, text=True, check=True
+        [sys.executable, script, "--size", "small", "--part", "training", "--batch", "4"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     row = json.loads(done.stdout.splitlines()[0].replace("'", '"'))
     assert row["traced / measured"] == pytest.approx(1.0, abs=0.2)
