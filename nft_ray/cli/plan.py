@@ -143,6 +143,7 @@ def ground_of(config: ExperimentConfig, nodes: "Nodes", device: "Device") -> "Gr
     return Ground(
         nodes=nodes,
         memory=device.memory_bytes,
+        runtime=device.runtime_bytes,
         estimate=lambda one: estimate(one, device if one.sampler.num_gpus else device_named(WITHOUT)),
         lines=lambda one: num_lines(one.prompts.test),
         check=lambda one: check(one, Cluster(nodes=(node,))),

@@ -162,8 +162,12 @@ def host_bytes(config: ExperimentConfig, footprint: Footprint, seats: Seats, sto
     return found
 
 
-def card_bytes(config: ExperimentConfig, footprint: Footprint, seats: Seats) -> dict[int, tuple[int, tuple[str, ...]]]:
-    """Card -> (bytes at most, who is on it): of sides that share it only one is awake."""
+def card_bytes(
+    config: ExperimentConfig, footprint: Footprint, seats: Seats, runtime: int = 0
+) -> dict[int, tuple[int, tuple[str, ...]]]:
+    """Card -> (bytes at most, who is on it): of sides that share it only one is awake; the other one's process keeps
+    `runtime` bytes on it.
+    """
     colocated = config.cluster.placement == "colocated"
     on: dict[int, list[str]] = {}
     for role, _, seat in seats.named():
@@ -173,5 +177,7 @@ def card_bytes(config: ExperimentConfig, footprint: Footprint, seats: Seats) -> 
     for card, roles in on.items():
         sides = [roles.count("sampler") * footprint.sampler, roles.count("learner") * footprint.learner]
         rewards = sum(footprint.rewards.get(role, 0) for role in roles if role not in ("sampler", "learner"))
-        found[card] = ((max(sides) if colocated else sum(sides)) + rewards, tuple(roles))
+        parked = min(roles.count("sampler"), roles.count("learner")) * runtime
+        workers = max(sides) + parked if colocated else sum(sides)
+        found[card] = (workers + rewards, tuple(roles))
     return found

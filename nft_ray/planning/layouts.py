@@ -56,13 +56,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """What layouts are looked for on. memory: bytes of one card."""
+    """What layouts are looked for on. memory: bytes of one card; runtime: what a parked process keeps of them."""
 
     nodes: Nodes
     memory: int
     estimate: Estimate
     lines: Lines
     check: Check
+    runtime: int = 0
 
 
 def best(config: ExperimentConfig, ground: Ground, count: int = 3, *, configured: bool = True) -> list[Layout]:
@@ -164,7 +165,7 @@ def too_full(stages: Sequence[ExperimentConfig], ground: Ground) -> str:
     """The role that needs the most on a card that is too small, in any stage; "" where none is."""
     for stage in stages:
         footprint = ground.estimate(stage)[1]
-        for held, roles in card_bytes(stage, footprint, seats(stage, ground.nodes)).values():
+        for held, roles in card_bytes(stage, footprint, seats(stage, ground.nodes), ground.runtime).values():
             if held > ground.memory:
                 needed = {"sampler": footprint.sampler, "learner": footprint.learner}
                 return max((role for role in roles if role in needed), key=needed.__getitem__, default=roles[0])

@@ -88,7 +88,7 @@ def table(stages: Sequence[Forecast], names: Sequence[str], ground: Ground, pric
 def _roles(stage: Forecast, ground: Ground) -> Iterator[str]:
     """A row per role: workers, where, how busy, how full its fullest card is."""
     footprint = ground.estimate(stage.config)[1]
-    cards = card_bytes(stage.config, footprint, stage.seats)
+    cards = card_bytes(stage.config, footprint, stage.seats, ground.runtime)
     rows = [("role", "workers", "on", "at work", "fullest card")]
     for role, share in stage.busy.items():
         places = [seat for name, _, seat in stage.seats.named() if name == role]
@@ -124,7 +124,7 @@ def warnings(stages: Sequence[Forecast], ground: Ground, host: Host) -> list[str
 
 def _cards(stage: Forecast, ground: Ground) -> Iterator[str]:
     footprint = ground.estimate(stage.config)[1]
-    fullest, roles = max(card_bytes(stage.config, footprint, stage.seats).values(), default=(0, ()))
+    fullest, roles = max(card_bytes(stage.config, footprint, stage.seats, ground.runtime).values(), default=(0, ()))
     if fullest > ground.memory:
         who = " + ".join(dict.fromkeys(roles))
         yield (

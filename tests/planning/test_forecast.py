@@ -125,6 +125,7 @@ def test_a_card_holds_one_side_of_a_pair_and_its_rewards():
     apart = small_config(sampler={"num_gpus": 1}, learner={"num_gpus": 1}, rewards=reward)
 
     assert {card: held for card, (held, _) in card_bytes(shared, footprint, placed(shared)).items()} == {0: 35}
+    assert card_bytes(shared, footprint, placed(shared), runtime=7)[0][0] == 42, "the process that is parked"
     cards = card_bytes(apart, footprint, placed(apart))
     assert cards == {0: (5, ("geneval",)), 1: (20, ("learner",)), 2: (30, ("sampler",))}
     assert host_bytes(apart, footprint, placed(apart), store=10) == {0: 10 + 3 + 4 + 2**30}
