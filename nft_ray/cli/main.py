@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from nft_ray.cli import data, profile, rewards
+from nft_ray.cli import data, plan, profile, rewards
 from nft_ray.cli.failures import INTERRUPTED, explained, quiet
 from nft_ray.cli.place import PREEMPTED, Interrupted
 from nft_ray.config import masked_text
 
-PARSED = {"rewards": rewards.rewards, "data": data.data, "profile": profile.profile}
+PARSED = {"rewards": rewards.rewards, "data": data.data, "profile": profile.profile, "plan": plan.plan}
 """Commands that parse options of their own, so that they are imported anyway."""
 
 
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     rewards.add_parser(commands)
     data.add_parser(commands)
     profile.add_parser(commands)
+    plan.add_parser(commands)
     return root
 
 

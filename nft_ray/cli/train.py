@@ -15,6 +15,7 @@ from actors.placement import local_needs, needs, table
 from nft_ray.cli.console import Console, say
 from nft_ray.cli.failures import explained, log_no_more, log_to, retryable
 from nft_ray.cli.place import PREEMPTED, Interrupted, Place, no_more_sigterm, run_until_stopped, sigterm_raises
+from nft_ray.cli.plan import dry_run_lines
 from nft_ray.cli.track import catch_up
 from nft_ray.cli.watch import SAVE_S, Ending
 from nft_ray.config import ExperimentConfig, dump, load, lost
@@ -55,7 +56,7 @@ def train(args: argparse.Namespace) -> int:
     if config.model.lora.start is not None:
         check_layers(lora_shapes(config.model.lora.start), config.model, config.model.lora.start)
     if args.dry_run:
-        return _dry_run(config, stages, local=args.local)
+        return _dry_run(config, stages, local=args.local, joined=args.address is not None)
     prompts = [experiment_prompts(stage.config) for stage in stages]
     place = Place(local=args.local, address=args.address, say=say)
     for stage in stages:
@@ -91,8 +92,8 @@ def _check_disk(stages: Sequence[Stage], folder: RunFolder) -> None:
             logger.warning("%s", line)
 
 
-def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) -> int:
-    """Print the resolved experiment, what each stage needs, and what has to be fetched first."""
+def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool, joined: bool) -> int:
+    """Print the resolved experiment, what each stage needs, what the run takes, and what has to be fetched first."""
     say(dump(config))
     absent: dict[str, None] = {}
     for stage in stages:
@@ -108,6 +109,9 @@ def _dry_run(config: ExperimentConfig, stages: Sequence[Stage], *, local: bool) 
             say(str(plan))
     if local:
         say("--local: one process, one thing after the other; nothing is reserved, no Ray is started")
+    else:
+        for line in dry_run_lines(config, None if joined else run_root(config, os.environ)):
+            say(line)
     for line in absent:
         say(f"not here yet: {line}")
     return 0

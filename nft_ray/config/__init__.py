@@ -5,7 +5,7 @@ Does not: what a reward's or an algorithm's own section may say (rewards/, algor
 """
 
 from nft_ray.config.experiment import ExperimentConfig
-from nft_ray.config.loading import changes, differences, dump, load, parse, resolved
+from nft_ray.config.loading import changes, differences, dump, load, parse, profiles, resolved
 from nft_ray.config.marks import essence, mark_of, shared
 from nft_ray.config.secrets import lost, masked, masked_text, masked_uri, without_userinfo
 from nft_ray.config.sections import (
@@ -48,6 +48,7 @@ __all__ = [
     "masked_text",
     "masked_uri",
     "parse",
+    "profiles",
     "resolved",
     "shared",
     "without_userinfo",

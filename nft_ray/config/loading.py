@@ -38,6 +38,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     return parse(data)
 
 
+def profiles(path: str | Path) -> tuple[str, ...]:
+    """Names of the profiles in a YAML file: what `cluster=NAME` may pick."""
+    tree: Any = OmegaConf.load(path)
+    found: Any = tree.get("profiles") if OmegaConf.is_dict(tree) else None
+    return tuple(map(str, found)) if OmegaConf.is_dict(found) else ()
+
+
 def parse(data: Mapping[str, Any]) -> ExperimentConfig:
     """The experiment in a plain mapping; ValueError with one line naming path, value, rule and the nearest key."""
     try:

@@ -39,10 +39,18 @@ PUBLISHED = {
         "drawbench/test.txt", 0.1, "9006b98feabb94b28a2bc0c88de42fd4f31a9ec3c2a19e308a02c5385b7172f0"
     ),
 }
-"""Name -> its file below the data root. Lines: geneval 2,212 to test, ocr 1,018, pickscore 25,432 to train and 2,048 to
-test, drawbench 1,000. Large ones that we have not read ourselves are pinned by git's sum of them at that commit."""
+"""Name -> its file below the data root. Large ones that we have not read ourselves are pinned by git's sum of them at
+that commit."""
 DATASETS = tuple(dict.fromkeys(name.partition("/")[0] for name in PUBLISHED))
 """What `nft-ray data fetch` takes. The bare name means the test lines."""
+LINES = {
+    "geneval/test": 2212,
+    "ocr/test": 1018,
+    "pickscore/train": 25432,
+    "pickscore/test": 2048,
+    "drawbench/test": 1000,
+}
+"""Of sets that need not be here for it, the lines."""
 _HERE = Path(__file__).parent
 PACKAGED = {
     "shapes/train": _HERE.parent / "shapes" / "prompts" / "train.jsonl",
@@ -80,6 +88,14 @@ def missing(spec: str) -> str | None:
         return None
     dataset = spec.partition("/")[0]
     return f"prompts {spec}: {path} is missing: run `nft-ray data fetch {dataset}`, or put {published.origin} there"
+
+
+def num_lines(spec: str) -> int:
+    """Lines of a prompt set: counted where it is here, else as published; ValueError as `prompt_file`."""
+    name = f"{spec}/test" if spec in DATASETS else spec
+    if missing(spec) is not None and name in LINES:
+        return LINES[name]
+    return sum(1 for line in prompt_file(spec).read_text(encoding="utf-8-sig").split("\n") if line.strip())
 
 
 def prompt_file(spec: str) -> Path:
