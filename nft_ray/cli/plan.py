@@ -60,6 +60,9 @@ def plan(args: argparse.Namespace) -> int:
     ground = ground_of(config, nodes, device)
     title = f"{config.run.name} on {nodes} ({device.name})" if nodes.cards else f"{config.run.name} on CPUs"
     say(f"{title}{f', profile {profile}' if profile else ''}")
+    if "assumed" in device.sources.get("utilisation", ""):
+        shares = ", ".join(f"{part} {share:g}" for part, share in device.utilisation.model_dump().items())
+        say(f"assumed       utilisation of {device.name}: {shares} (docs/planning.md)")
     stages, trouble = stages_of(config, ground)
     names = [stage.name for stage in config.stages] or [config.run.name]
     if stages:
@@ -167,6 +170,8 @@ def stages_of(config: ExperimentConfig, ground: "Ground") -> tuple[tuple[Any, ..
 def _say_layouts(found: Sequence["Layout"], nodes: "Nodes", price: float | None, configured_s: float | None) -> None:
     from nft_ray.planning.words import layout_lines
 
+    if nodes.cards and not found:
+        say(f"\nno layout fits {nodes} of this memory: use larger cards, or more of them")
     if found:
         say(f"\nthe best layouts for {nodes}, all the same algorithm:")
     for number, layout in enumerate(found, start=1):

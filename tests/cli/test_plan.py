@@ -8,6 +8,7 @@ import pytest
 from nft_ray.cli.main import main
 from nft_ray.cli.plan import configured, ground_of
 from nft_ray.config import load
+from nft_ray.planning import devices
 from nft_ray.planning.devices import device_named
 from nft_ray.planning.layouts import changed, forecasts
 from nft_ray.planning.places import Nodes, num_gpus
@@ -24,8 +25,8 @@ def test_a_plan_is_a_table_a_picture_and_layouts_that_the_loader_takes(
     printed = capsys.readouterr().out.splitlines()
 
     assert printed[0] == "quickstart on 2 GPUs (h100)"
-    assert printed[1].startswith("run           ")
-    assert printed[2].startswith("bound         ")
+    heads = [line.split("  ")[0] for line in printed[1:4]]
+    assert heads == ["assumed", "run", "bound"], "nobody has measured an H100"
     said = [line.split(" --set ") for line in printed if line.startswith("   --set ") or line == "   as configured"]
     assert len(said) >= 3
     for line in said:
@@ -139,3 +140,15 @@ def test_the_lines_of_a_layout_stand_on_the_profile_that_was_chosen(tmp_path: Pa
         assert num_gpus(made) <= 4 + 1e-4
         ground = ground_of(made, Nodes(count=1, cards=4), device_named("h100"))
         assert sum(stage.seconds for stage in forecasts(made, ground)) == pytest.approx(layout["seconds"])
+
+
+def test_cards_that_are_too_small_for_any_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny = tmp_path / "tiny.yaml"
+    h100 = (devices.FOLDER / "h100.yaml").read_text()
+    tiny.write_text(h100.replace("memory_bytes: 80_000_000_000", "memory_bytes: 805_000_000"))
+    on_cards = ["--set", "sampler.num_gpus=1", "--set", "learner.num_gpus=1"]
+    assert main(["plan", str(QUICKSTART), *on_cards, "--device", str(tiny), "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+
+    assert "warning: a card has 0.8 GB and" in printed
+    assert "no layout fits 4 GPUs of this memory" in printed
