@@ -118,8 +118,8 @@ def test_training_never_waits_for_a_reward_that_only_monitors(
     reference = calm.run(epochs)
     for answer in ("500", "hang"):
         with MisbehavingServer(answer) as server:
-            section = f"rewards.unified_reward={{eval_only: true, num_cpus: 0.1, urls: ['{server.url}']}}"
-            settings = (section, "scorers.monitor_timeout_s=15", f"run.num_epochs={epochs}")
+            section = f"{{eval_only: true, num_cpus: 0.1, deadline_s: 10, urls: ['{server.url}']}}"
+            settings = (f"rewards.unified_reward={section}", "scorers.monitor_timeout_s=15", f"run.num_epochs={epochs}")
             run = scenarios.run(f"monitor-{answer}", ray_cluster, *settings).start()
             run.reach(epochs, 100)
             run.table.add("a monitor-only reward is down, per epoch", injected=epochs)
@@ -134,8 +134,8 @@ def test_training_never_waits_for_a_reward_that_only_monitors(
 @pytest.mark.parametrize(
     ("title", "event", "setting"),
     [
-        (SAMPLER, "a sampler hangs (SIGSTOP)", "sampler.timeout_s=8"),
-        (LEARNER, "a learner hangs (SIGSTOP)", "learner.timeout_s=12"),
+        (SAMPLER, "a sampler hangs (SIGSTOP)", "sampler.timeout_s=15"),
+        (LEARNER, "a learner hangs (SIGSTOP)", "learner.timeout_s=15"),
         (REPLICA, "a reward replica hangs (SIGSTOP)", "scorers.timeout_s=8"),
     ],
 )
