@@ -35,9 +35,8 @@ PRESETS = (
     "quickstart",
 )
 SYSTEMS = {
-    "images leave first": System(images_first=True),
+    "images and samples as one answer": System(images_first=False, frees_early=False),
     "groups in two parts": System(parts=2),
-    "both": System(images_first=True, parts=2),
 }
 
 

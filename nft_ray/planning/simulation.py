@@ -28,11 +28,11 @@ from nft_ray.types import Split
 class System:
     """How the system plays an epoch, where there is a choice; the defaults are what it does today."""
 
-    images_first: bool = False
+    images_first: bool = True
     """Images leave a sampler as soon as they exist; else with the velocities, as one answer."""
     parts: int = 1
     """Requests that a group is asked for in."""
-    frees_early: bool = False
+    frees_early: bool = True
     """Samples are freed when they are learnt; else when the next epoch is collected."""
 
 
@@ -170,7 +170,7 @@ class _Epochs:
         return node
 
     def roll_out(self, epoch: int, worker: int, images: int, prompts: int, split: Split, drawn: Signal) -> Process:
-        """SamplerActor.rollout: one call at a time."""
+        """SamplerActor.draw, then `clean`: one call at a time."""
         turn, card = self.turns[worker], self.cards["sampler", worker]
         yield turn.taken()
         call = rollout_call(self.work, images=images, prompts=prompts, split=split)
