@@ -93,19 +93,22 @@ class SamplerActor:
     def load(self, adapters: Adapters, weights: AdapterWeights) -> LoadReceipt:
         return self._core.load(adapters, weights)
 
-    def draw(self, request: RolloutRequest) -> tuple[None, np.ndarray]:
-        """A word that it is done, and the images; `clean` is called right behind it."""
+    def draw(self, request: RolloutRequest) -> tuple[np.ndarray, None]:
+        """The images, and a word that they are there; `clean` is called right behind it."""
         self._failure = None
         try:
-            return None, self._core.draw(request)
+            return self._core.draw(request), None
         except Exception as error:
             self._failure = error
             raise
 
-    def clean(self) -> tuple[RolloutInfo, CleanSamples | None]:
-        if self._failure is not None:  # of the drawing: it is the failure of the rollout
-            raise self._failure
-        return self._core.clean()
+    def clean(self) -> tuple[CleanSamples | None, RolloutInfo]:
+        """The samples, and what the driver learns: large things first, so that a store without room fails both."""
+        failure, self._failure = self._failure, None
+        if failure is not None:  # of the drawing: it is the failure of the rollout
+            raise failure
+        info, samples = self._core.clean()
+        return samples, info
 
     def park(self) -> None:
         self._core.park()
@@ -205,15 +208,23 @@ class SamplerPool:
     async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         """Two calls of one worker, sent at once: nothing can come between them."""
 
+        draws: list[Any] = []
+
         def send(actor: Any) -> Sequence[Any]:
-            done, images = actor.draw.options(num_returns=2).remote(request)
+            images, drawn = actor.draw.options(num_returns=2).remote(request)
+            draws.append(drawn)
             if seen is not None:
-                asyncio.ensure_future(done).add_done_callback(partial(_tell, seen, images))
-            info, samples = actor.clean.options(num_returns=2).remote()
+                asyncio.ensure_future(drawn).add_done_callback(partial(_tell, seen, images))
+            samples, info = actor.clean.options(num_returns=2).remote()
             return info, images, samples
 
         what = f"rollout of {_when(request)}, prompt {request.items[0].prompt.id}"
-        info, (_, images, samples) = await self._pool.call(what, send)
+        try:
+            info, (_, images, samples) = await self._pool.call(what, send)
+        except asyncio.CancelledError:
+            for drawn in draws:  # which may still wait; `clean` is cancelled by the pool
+                ray.cancel(drawn)
+            raise
         return Rollout(info=info, images=images, samples=samples)
 
     async def images(self, rollout: Rollout) -> np.ndarray:

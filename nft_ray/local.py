@@ -40,7 +40,7 @@ class LocalSamplers:
     size = 1
 
     def __init__(self, config: ExperimentConfig) -> None:
-        self._core = SamplerCore(config)
+        self._core, self._turn = SamplerCore(config), asyncio.Lock()
         self._dtype = config.model.dtype
 
     async def park(self) -> None:
@@ -53,9 +53,13 @@ class LocalSamplers:
         verify(adapters, self._core.load(adapters, adapters.weights), self._dtype)
 
     async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
-        await asyncio.sleep(0)  # lets the loop see Ctrl-C and the other coroutines between groups
-        info, images, samples = self._core.rollout(request)
-        return Rollout(info=info, images=images, samples=samples)
+        async with self._turn:  # a group is scored before the next one is drawn
+            await asyncio.sleep(0)  # lets the loop see Ctrl-C and the other coroutines between groups
+            info, images, samples = self._core.rollout(request)
+            if seen is not None:
+                seen(images)
+                await asyncio.sleep(0)
+            return Rollout(info=info, images=images, samples=samples)
 
     async def images(self, rollout: Rollout) -> np.ndarray:
         return rollout.images

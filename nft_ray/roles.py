@@ -61,7 +61,7 @@ class Samplers(Protocol):
         """Draw the images (and, for split "train", the clean samples) with the named adapter and version.
 
         `seen` is given the images' reference as soon as they exist, while the samples are still computed; again, with
-        the same images, where the worker is lost meanwhile; not at all where the first thing that is known is the end.
+        another one, where the worker is lost meanwhile: the rollout's own are those that belong to its samples.
         """
         ...
 

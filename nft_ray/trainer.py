@@ -73,9 +73,9 @@ class Trainer:
                     await self.train(epoch)
                     break
                 except StateLostError as lost:  # bounded by learner.max_restarts
-                    begin = partial(self.recover, lost)
+                    begin = partial(self.recover, str(lost))  # the error itself holds the epoch that it ended
                 except NotFiniteError as bad:
-                    begin = partial(self.go_back, bad)
+                    begin = partial(self.go_back, str(bad), bad.epoch)
             late = await self.scorers.drained()
             self.folder.check_lock()
             self.log_late(late)
@@ -131,7 +131,7 @@ class Trainer:
         self.saving.saved(epoch)
         return await self.publish(epoch)
 
-    async def recover(self, lost: StateLostError) -> int:
+    async def recover(self, lost: str) -> int:
         """To the newest finished epoch, whose state is here or in a checkpoint; without one to the beginning."""
         logger.warning("%s; the run goes back to epoch %d", lost, self.finished.epoch if self.finished else 0)
         await self.saving.keep(self.good)
@@ -140,12 +140,12 @@ class Trainer:
         await self.learners.restore(self.finished.state)
         return await self.publish(self.finished.epoch)
 
-    async def go_back(self, bad: NotFiniteError) -> int:
+    async def go_back(self, bad: str, epoch: int) -> int:
         """To the last good epoch, with float16's loss scale as it is by now. A second time at one place is the last."""
-        if self.good is None or self.finished is None or bad.epoch <= self.went_back_from:
-            raise RuntimeError(str(bad)) from bad  # not to be answered by going back
+        if self.good is None or self.finished is None or epoch <= self.went_back_from:
+            raise RuntimeError(bad)  # not to be answered by going back
         logger.warning("%s; the run goes back to epoch %d, once", bad, self.good.epoch)
-        self.went_back_from = bad.epoch
+        self.went_back_from = epoch
         await self.saving.done()
         await asyncio.to_thread(self.folder.drop_after, self.good.epoch)
         await self.learners.restore(replace(self.good.state, loss_scale=self.finished.state.loss_scale))
@@ -214,6 +214,8 @@ class Trainer:
                 return await self.scorers.score(request, await images)
 
             rollout, rewards = await together((roll_out(), score()))
+            if rollout.images is not images.result():  # drawn anew by another worker: these are what is learnt
+                rewards = await self.scorers.score(request, rollout.images)
             return ScoredGroup(request=request, info=rollout.info, samples=rollout.samples, rewards=rewards)
 
         return await while_lost(drawn, self.cfg.sampler.max_attempts)

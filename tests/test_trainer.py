@@ -14,6 +14,7 @@ import pytest
 
 from nft_ray.config import ExperimentConfig
 from nft_ray.cores.publish import verify
+from nft_ray.local import LocalSamplers
 from nft_ray.prompts.draw import PromptSet
 from nft_ray.rewards.combine import assemble
 from nft_ray.roles import Roles, Seen
@@ -324,6 +325,57 @@ def test_images_are_scored_while_their_samples_are_computed(tmp_path: Path) -> N
     streamed = Streaming(config)
     train(config, tmp_path / "streamed", world=streamed)
     np.testing.assert_array_equal(policy(streamed), policy(straight))
+
+
+def test_in_one_process_a_group_is_scored_before_the_next_one_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or all images of an epoch would be held at once, and a reward that fails would be noticed at its end."""
+    order: list[tuple[str, int]] = []
+
+    class Core(FakeSamplerCore):
+        def rollout(self, request: RolloutRequest) -> Any:
+            order.append(("drawn", request.items[0].group_id))
+            return super().rollout(request)
+
+    class Scoring(World):
+        async def score(self, request: RolloutRequest, images: Any) -> Rewards:
+            order.append(("scored", request.items[0].group_id))
+            return await super().score(request, images)
+
+    monkeypatch.setattr("nft_ray.local.SamplerCore", Core)
+    config = fake_config(learner={"num_workers": 1}, run={"num_epochs": 1}, evaluation={"every": 100})
+    world = Scoring(config)
+    roles: Any = Roles(samplers=LocalSamplers(config), scorers=world, learners=world)
+    prompts = PromptSet(lines=LINES)
+    trainer = Trainer(config, roles, RunFolder(tmp_path), Diary(), prompts, prompts)
+
+    async def main() -> None:
+        await trainer.restore()
+        order.clear()
+        await trainer.collect(0)
+
+    asyncio.run(main())
+    groups = [group for what, group in order if what == "drawn"]
+    assert order == [(what, group) for group in groups for what in ("drawn", "scored")]
+
+
+class Redrawn(World):
+    """The worker that drew is lost with the samples; another one draws other last bits."""
+
+    async def rollout(self, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
+        rollout = await super().rollout(request)
+        if seen is not None:
+            seen(np.zeros_like(rollout.images))
+            await asyncio.sleep(0.01)
+        return rollout
+
+
+def test_what_is_scored_in_the_end_is_what_is_learnt(tmp_path: Path) -> None:
+    config = fake_config(learner={"num_workers": 1})
+    straight, _ = train(config, tmp_path / "straight")
+    redrawn, _ = train(config, tmp_path / "redrawn", world=Redrawn(config))
+    np.testing.assert_array_equal(policy(redrawn), policy(straight))
 
 
 class Watched(World):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -89,14 +90,18 @@ def cluster(
             raise no_cluster(address) from None
     else:
         say("starting a local Ray")
-        context = ray.init(
-            num_cpus=config.cluster.num_cpus,
-            include_dashboard=True,
-            dashboard_host=LOOPBACK,
-            dashboard_port=config.cluster.dashboard_port,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends the run, which then ends its Ray
+        try:
+            context = ray.init(
+                num_cpus=config.cluster.num_cpus,
+                include_dashboard=True,
+                dashboard_host=LOOPBACK,
+                dashboard_port=config.cluster.dashboard_port,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray._private.worker.print_to_stdstream = _log_message  # type: ignore[attr-defined]  # else on standard output
     try:

@@ -8,7 +8,7 @@ import os
 import signal
 import stat
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +139,10 @@ def hung_up(*_: object) -> None:
     """SIGHUP, of a closed terminal: as SIGTERM; what would be printed goes nowhere, as it would else fail."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
+        with suppress(OSError):
+            kind = os.fstat(stream).st_mode
+            if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):  # the terminal, or who reads a pipe and ends with it
+                os.dup2(nowhere, stream)
     os.close(nowhere)
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -92,6 +92,7 @@ class SamplerCore:
 
     def park(self) -> None:
         """Give the device's memory to somebody else; nothing but `wake` may come next."""
+        self._drawn = None
         self._parking.park()
 
     def wake(self) -> None:
@@ -130,6 +131,7 @@ class SamplerCore:
         assert drawn is not None, "nothing was drawn"
         request, non_finite, samples = drawn.request, drawn.bad, None
         if request.split == "train":
+            self._use(request.adapter, request.policy_version)  # still there, unless something has come between
             samples = self._clean_samples(drawn.x0, drawn.conditioning, request)
             non_finite = _cleared(samples, non_finite)
         return RolloutInfo(

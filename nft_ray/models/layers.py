@@ -21,12 +21,14 @@ from nft_ray.models.parts import folder_of, weight_files
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@lru_cache(maxsize=4)
 def parameters(config: ModelConfig) -> Shapes | None:
     """Shapes of the transformer's parameters by diffusers' names; None where its configuration is not at hand."""
     folder = folder_of(config)
-    if folder is None:
-        return None
+    return None if folder is None else _parameters(config, folder)
+
+
+@lru_cache(maxsize=4)
+def _parameters(config: ModelConfig, folder: Path) -> Shapes:
     found = _of_files(folder)
     if found is None:
         return _of_class(folder)

@@ -57,6 +57,7 @@ class SlowSamplerCore(FakeSamplerCore):
         self.folder = folder
 
     def clean(self) -> Any:
+        (self.folder / f"cleans-{os.getpid()}").touch()
         while not (self.folder / "on").exists():
             time.sleep(0.01)
         return super().clean()
@@ -115,6 +116,26 @@ class TestOnRay:
                 (tmp_path / "on").touch()
                 np.testing.assert_array_equal(early, await pool.images(await rollout))
                 assert early[:, 0, 0, 0].tolist() == list(request.items[0].seeds)
+
+        asyncio.run(main())
+
+    def test_a_worker_killed_between_images_and_samples_is_replaced_and_both_are_the_replacements(
+        self, tmp_path: Path
+    ) -> None:
+        async def main() -> None:
+            async with serving(config(num_workers=1), tmp_path, core=partial(SlowSamplerCore, tmp_path)) as pool:
+                seen: list[Any] = []
+                request = fake_request(0, 3)
+                rolling = asyncio.create_task(pool.rollout(request, seen.append))
+                await until(lambda: bool(list(tmp_path.glob("cleans-*"))))
+                (at_work,) = tmp_path.glob("cleans-*")
+                os.kill(int(at_work.name.removeprefix("cleans-")), signal.SIGKILL)
+                (tmp_path / "on").touch()
+                rollout = await rolling
+                assert rollout.images is seen[-1]
+                images = await pool.images(rollout)
+                assert images[:, 0, 0, 0].tolist() == list(request.items[0].seeds)
+                assert (await rollout.samples).x0[:, 0, 0, 0].tolist() == list(request.items[0].seeds)
 
         asyncio.run(main())
 

@@ -298,7 +298,8 @@ def cluster(**options: Any) -> Iterator[Cluster]:
         yield one
     except BaseException:
         for file in (one.folder / "head.log", *one.folder.glob("ray/session_2*/logs/gcs_server.*")):
-            print(f"{file.name}: {file.read_text(errors='replace')[-2000:]}", file=sys.stderr)  # noqa: T201
+            if file.exists():
+                print(f"{file.name}: {file.read_text(errors='replace')[-2000:]}", file=sys.stderr)  # noqa: T201
         raise
     finally:
         one.end()
