@@ -45,11 +45,10 @@ def test_the_disk_of_the_run_is_full_and_then_has_room_again(
             run.start()
             run.reach(run.saved + 2)
             filler = disk / "filler"
-            with filler.open("wb") as file:  # no fallocate: until not one page is left
+            with filler.open("wb", buffering=0) as file:  # no fallocate: until not one page is left
                 while True:
                     try:
                         file.write(b"x" * 4096)
-                        file.flush()
                     except OSError:
                         break
             status = run.end(90)
