@@ -44,7 +44,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not WANTED or not (rows := Table(ROWS).rows()):
+    if not WANTED or "PYTEST_XDIST_WORKER" in os.environ or not (rows := Table(ROWS).rows()):
         return
     text = markdown(rows)
     terminalreporter.write_line(f"\n{text}")

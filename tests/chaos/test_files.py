@@ -61,6 +61,7 @@ def test_mlflows_server_goes_and_comes_and_has_every_epoch_once(
 ) -> None:
     """Training does not wait for it; what it missed is delivered by the run, and the rest by `nft-ray track`."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(scenarios.folder)  # artifacts of a server without a place for them would go there
     folder, port = scenarios.folder, free_port()
     run = scenarios.run("away", ray_cluster, "run.num_epochs=500", mlflow=True)
     run.settings.append(f"tracking.uri=http://127.0.0.1:{port}")
