@@ -84,8 +84,8 @@ def apart() -> Iterator[Cluster]:
 def test_a_node_is_cut_off_from_the_network(apart: Cluster, scenarios: Scenarios, calm: Calm) -> None:
     """No connection is closed: packets no longer arrive. Ray's health check gives the node up, the run goes on."""
     chosen = random.Random(5)
-    settings = ("sampler.num_workers=4", "sampler.num_cpus=0.5", "sampler.timeout_s=15", "scorers.timeout_s=15")
-    learner = ("learner.num_cpus=0.5", "learner.timeout_s=15", "learner.max_restarts=10")
+    settings = ("sampler.num_workers=4", "sampler.num_cpus=0.5", "sampler.timeout_s=30", "scorers.timeout_s=15")
+    learner = ("learner.num_cpus=0.5", "learner.timeout_s=30", "learner.max_restarts=10")
     run = scenarios.run("apart", apart, *settings, *learner, "run.num_epochs=500", mlflow=True).start()
     run.reach(1)
 
