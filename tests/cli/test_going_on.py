@@ -17,6 +17,7 @@ from nft_ray.cli.place import Place
 from nft_ray.cli.watch import Ending
 from nft_ray.config import ExperimentConfig
 from nft_ray.local import LocalSamplers
+from nft_ray.roles import Seen
 from nft_ray.runs import tracking
 from nft_ray.runs.checkpoint import whole_checkpoints
 from nft_ray.runs.evaluations import evaluated_epochs
@@ -102,13 +103,13 @@ def test_a_run_is_ended_at_its_newest_checkpoint_and_not_before(
     """Without figures there: it was to go on. Its last epoch is evaluated all the same, and nothing trained again."""
     run, begin, asked = tmp_path / "quickstart", LocalSamplers.rollout, list[int]()
 
-    async def stopped(samplers: LocalSamplers, request: RolloutRequest) -> Rollout:
+    async def stopped(samplers: LocalSamplers, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         if request.epoch == 2 and request.split == "train":
             if not asked.count(2):
                 signal.raise_signal(signal.SIGINT)
             asked.append(request.epoch)
             await asyncio.sleep(60)
-        return await begin(samplers, request)
+        return await begin(samplers, request, seen)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalSamplers, "rollout", stopped)
@@ -196,13 +197,13 @@ def test_who_was_taken_over_touches_nothing_in_the_end(
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
 
-    async def woken(samplers: LocalSamplers, request: RolloutRequest) -> Rollout:
+    async def woken(samplers: LocalSamplers, request: RolloutRequest, seen: Seen | None = None) -> Rollout:
         if request.epoch == 1 and request.split == "train":
             lock = run.with_name(".quickstart.lock")
             lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another", "host": "gpu-07"}))
             before.update(files())
             raise RuntimeError("the first thing that fails")
-        return await begin(samplers, request)
+        return await begin(samplers, request, seen)
 
     monkeypatch.setattr(LocalSamplers, "rollout", woken)
     assert train("run.num_epochs=3", "run.checkpoint_every=10", f"run.checkpoint_url=memory://{tmp_path.name}") == 1

@@ -39,8 +39,6 @@ QUICKSTART = "configs/quickstart.yaml"
 @pytest.mark.parametrize(
     ("arguments", "status", "line"),
     [
-        (["train", QUICKSTART, "--dry-run"], 0, "a checkpoint takes 5.8 MiB"),
-        (["train", QUICKSTART, "--dry-run", "--set", "model.tuning=full"], 0, "a checkpoint takes"),
         (["train", QUICKSTART, "--set", "foo=1"], 1, "foo: unknown key"),
         (["train", QUICKSTART, "--set", "model.height=33"], 1, "model.height = 33: must be a multiple of 8"),
         (["train", QUICKSTART, "--set", "sampler.num_workers=4000"], 1, "CPUs"),

@@ -31,7 +31,7 @@ class Side:
         self.awake = True
         self.log.append(f"{self.name} wake")
 
-    async def work(self, what: Any) -> Any:
+    async def work(self, what: Any, *_: Any) -> Any:
         assert self.awake, f"{self.name} was asked while parked"
         await self.gate.wait()
         self.log.append(f"{self.name} {what}")
