@@ -1,5 +1,6 @@
 """The search over layouts: every one fits, has a place, and is said in lines that the loader takes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_of_every_preset_the_best_layouts_are_real(name: str, gpus: int):
     found = best(config, on)
 
     assert found
-    assert [layout.epoch_s for layout in found] == sorted(layout.epoch_s for layout in found)
+    assert all(a.epoch_s <= 1.005 * b.epoch_s for a, b in pairwise(found)), (
+        "what takes equally long stands by its cards"
+    )
     for layout in found:
         made = load(CONFIGS / f"{name}.yaml", layout.lines)
         assert resolved(made) == resolved(layout.config)
